@@ -1,0 +1,118 @@
+"""What the configurations of all families share: reading, writing, validation, labels."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from fastbert.hub import resolve
+from fastbert.weights import nearest, read_json
+
+C = TypeVar("C", bound="Config")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Architecture of a checkpoint, with Hugging Face's field names and defaults. Immutable: see `replace`.
+
+    `extra` keeps the keys of a `config.json` that mean nothing here, so that saving loses none of them.
+    """
+
+    model_type: ClassVar[str] = ""
+
+    num_labels: int = 2
+    id2label: Mapping[int, str] | None = None
+    label2id: Mapping[str, int] | None = None
+    problem_type: str | None = None
+    tie_word_embeddings: bool = True
+    output_hidden_states: bool = False
+    output_attentions: bool = False
+    return_dict: bool = True
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.id2label is None:
+            id2label = {i: f"LABEL_{i}" for i in range(self.num_labels)}
+        else:
+            id2label = {int(i): str(label) for i, label in self.id2label.items()}
+        object.__setattr__(self, "id2label", id2label)
+        object.__setattr__(self, "num_labels", len(id2label))
+        if self.label2id is None or len(self.label2id) != len(id2label):
+            object.__setattr__(self, "label2id", {label: i for i, label in id2label.items()})
+        self.validate()
+
+    def validate(self) -> None:
+        """Raise ValueError on an architecture this package does not compute."""
+        position = self.extra.get("position_embedding_type", "absolute")
+        if position != "absolute":
+            raise ValueError(
+                f"position_embedding_type is {position!r}; only 'absolute' is computed here. "
+                "Relative-key checkpoints would give wrong results."
+            )
+        for flag in ("is_decoder", "add_cross_attention"):
+            if self.extra.get(flag):
+                raise ValueError(f"{flag} is true, but this package computes encoders only")
+
+    @classmethod
+    def from_dict(cls: type[C], values: Mapping[str, Any], **overrides: Any) -> C:
+        """From a `config.json`'s content; keyword arguments win over it.
+
+        Raises:
+            ValueError: another `model_type`, or a value of the wrong type.
+            TypeError: an override that no field has, with the nearest names.
+        """
+        values = dict(values)
+        model_type = values.pop("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(f"config.json says model_type {model_type!r} but {cls.__name__} reads {cls.model_type!r}")
+        names = {f.name: f for f in dataclasses.fields(cls) if f.name != "extra"}
+        for name in overrides:
+            if name not in names:
+                raise TypeError(f"{cls.__name__} has no field {name!r}{nearest(name, names)}")
+        if "num_labels" in overrides and overrides["num_labels"] != len(values.get("id2label") or {}):
+            values.pop("id2label", None)
+            values.pop("label2id", None)
+        known = {name: value for name, value in values.items() if name in names and value is not None}
+        for name, value in known.items():
+            default = names[name].default
+            kinds = (int, float) if isinstance(default, float) else (int,) if type(default) is int else ()
+            if kinds and (not isinstance(value, kinds) or isinstance(value, bool)):
+                raise ValueError(f"config.json: {name} must be a number like {default!r}, it is {value!r}")
+        extra = {name: value for name, value in values.items() if name not in names}
+        return cls(**{**known, **overrides}, extra=extra)
+
+    @classmethod
+    def from_pretrained(cls: type[C], name: str | os.PathLike[str], **options: Any) -> C:
+        """From a folder or hub id; `resolve`'s options, and any field to override."""
+        hub = {k: options.pop(k) for k in ("revision", "cache_dir", "token", "local_files_only") if k in options}
+        return cls.from_dict(read_json(resolve(name, **hub) / "config.json"), **options)
+
+    def replace(self: C, **changes: Any) -> C:
+        """A copy with some fields changed."""
+        if "num_labels" in changes and changes["num_labels"] != self.num_labels:
+            changes = {"id2label": None, "label2id": None, **changes}
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of a `config.json` that `transformers` reads."""
+        values = {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("extra", "num_labels")
+        }
+        if self.problem_type is None:
+            del values["problem_type"]
+        if len(self.id2label or {}) == 2 and all(str(v).startswith("LABEL_") for v in (self.id2label or {}).values()):
+            del values["id2label"], values["label2id"]
+        return {**self.extra, **values, "model_type": self.model_type}
+
+    def save_pretrained(self, folder: str | os.PathLike[str], **more: Any) -> None:
+        """Write `config.json` into `folder`; `more` adds keys such as `architectures`."""
+        path = Path(folder) / "config.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_suffix(".json.saving")
+        scratch.write_text(json.dumps({**self.to_dict(), **more}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        os.replace(scratch, path)

@@ -1,0 +1,36 @@
+"""What is computed: one file an op, with its equation, its reference in plain PyTorch and its public function."""
+
+from fastbert.ops.add_layer_norm import add_layer_norm
+from fastbert.ops.attention import attention
+from fastbert.ops.cross_entropy import cross_entropy
+from fastbert.ops.dispatch import use_backend
+from fastbert.ops.embed import embed
+from fastbert.ops.gelu import gelu
+from fastbert.ops.plan import plan_batches, plan_concat, plan_mask
+from fastbert.ops.pool import pool
+
+OPS = (
+    "embed",
+    "attention",
+    "add_layer_norm",
+    "gelu",
+    "pool",
+    "cross_entropy",
+    "plan_mask",
+    "plan_batches",
+    "plan_concat",
+)
+
+__all__ = [
+    "OPS",
+    "add_layer_norm",
+    "attention",
+    "cross_entropy",
+    "embed",
+    "gelu",
+    "plan_batches",
+    "plan_concat",
+    "plan_mask",
+    "pool",
+    "use_backend",
+]

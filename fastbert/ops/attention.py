@@ -1,0 +1,125 @@
+"""out = softmax(Q K^T / sqrt(K)) V for every sequence of a packed batch: no token sees another sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any
+
+import torch
+
+from fastbert.ops.dispatch import backend_for
+from fastbert.ops.dropout import check_dropout, dropout_keep
+
+
+def _runs(cu_seqlens: torch.Tensor) -> Iterator[tuple[int, int, int]]:
+    """(first token, number of sequences, length) of each run of equally long neighbours."""
+    start = 0
+    for length, run in groupby(cu_seqlens.diff().tolist()):
+        count = sum(1 for _ in run)
+        yield start, count, length
+        start += count * length
+
+
+def _probs(
+    qkv: torch.Tensor, start: int, count: int, length: int, scale: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities (count, H, length, length), fp32 or wider, and values (count, H, length, K) of one run."""
+    H, K = qkv.shape[2:]
+    run = qkv[start : start + count * length].view(count, length, 3, H, K)
+    q, k, v = run.permute(2, 0, 3, 1, 4)
+    scores = (q @ k.mT).to(torch.promote_types(qkv.dtype, torch.float32))
+    return torch.softmax(scores * (K**-0.5 if scale is None else scale), dim=-1), v
+
+
+def attention_probs(qkv: torch.Tensor, cu_seqlens: torch.Tensor, scale: float | None = None) -> list[torch.Tensor]:
+    """The exact probabilities of `attention`, in plain PyTorch: S tensors (H, length, length) in the dtype of `qkv`."""
+    return [p for run in _runs(cu_seqlens) for p in _probs(qkv, *run, scale)[0].to(qkv.dtype)]
+
+
+def attention_ref(
+    qkv: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+) -> torch.Tensor:
+    """The specification: one dense softmax per sequence, in fp32 for half-precision inputs."""
+    H, K = qkv.shape[2:]
+    out = [qkv.new_empty(0, H, K)]
+    for start, count, length in _runs(cu_seqlens):
+        probs, v = _probs(qkv, start, count, length, scale)
+        if dropout_p > 0.0:
+            tokens = torch.arange(start, start + count * length, device=qkv.device).view(count, 1, length, 1)
+            rows = tokens * H + torch.arange(H, device=qkv.device).view(H, 1, 1)
+            cols = torch.arange(length, device=qkv.device)
+            probs = torch.where(dropout_keep(seed, rows, cols, dropout_p), probs / (1.0 - dropout_p), 0.0)
+        out.append((probs.to(qkv.dtype) @ v).transpose(1, 2).reshape(count * length, H, K))
+    return torch.cat(out)
+
+
+class AttentionFunction(torch.autograd.Function):
+    """Saves qkv, the output and the log-sum-exp of each row; probabilities are computed again in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        backend: Any,
+        qkv: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        scale: float,
+        dropout_p: float,
+        seed: int,
+    ) -> torch.Tensor:
+        out, lse = backend.attention_fwd(qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed)
+        ctx.backend, ctx.max_seqlen, ctx.scale, ctx.dropout_p, ctx.seed = backend, max_seqlen, scale, dropout_p, seed
+        ctx.save_for_backward(qkv, out, lse, cu_seqlens)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple[Any, ...]:
+        qkv, out, lse, cu_seqlens = ctx.saved_tensors
+        dqkv = ctx.backend.attention_bwd(
+            dout.contiguous(), qkv, out, lse, cu_seqlens, ctx.max_seqlen, ctx.scale, ctx.dropout_p, ctx.seed
+        )
+        return None, dqkv, None, None, None, None, None
+
+
+def attention(
+    qkv: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+) -> torch.Tensor:
+    """Bidirectional multi-head attention over packed sequences (Vaswani et al. 2017, arXiv 1706.03762, eq. 1).
+
+    Args:
+        qkv: (T, 3, H, K) queries, keys and values of all tokens, sequences end to end.
+        cu_seqlens: (S + 1) int32, first token of each sequence; `cu_seqlens[S] == T`. Empty sequences are allowed.
+        max_seqlen: length of the longest sequence, on the host.
+        scale: factor on the scores; None means 1 / sqrt(K).
+        dropout_p, seed: dropout on the probabilities at (token * H + head, key); see `fastbert.ops.dropout`.
+
+    Returns:
+        (T, H, K) in the dtype of `qkv`. The softmax runs in fp32 (fp64 for fp64 inputs).
+        Saved for backward: `qkv`, the output and the log-sum-exp (T, H); probabilities are recomputed.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, or a dropout probability outside [0, 1).
+    """
+    if qkv.ndim != 4 or qkv.shape[1] != 3:
+        raise ValueError(f"qkv must have shape (T, 3, H, K), got {tuple(qkv.shape)}")
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or cu_seqlens.numel() == 0:
+        raise ValueError(f"cu_seqlens must be int32 of shape (S + 1), got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
+    if cu_seqlens.device.type == "cpu" and int(cu_seqlens[-1]) != qkv.shape[0]:
+        raise ValueError(f"cu_seqlens ends at {int(cu_seqlens[-1])} but qkv has {qkv.shape[0]} tokens")
+    check_dropout(dropout_p)
+    backend = backend_for("attention", qkv)
+    if backend is None:
+        return attention_ref(qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed)
+    scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+    return AttentionFunction.apply(backend, qkv.contiguous(), cu_seqlens, max_seqlen, scale, dropout_p, seed)

@@ -1,0 +1,89 @@
+"""Which backend computes an op: the only file that knows the backends' names.
+
+A backend is a module with `supports(op, device_type, dtype)` and, for each op it has, `<op>_fwd` and `<op>_bwd`:
+it allocates and launches, it never touches autograd and never falls back. Backends are imported on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
+
+import torch
+
+REFERENCE = "reference"
+BACKENDS = {"triton": "fastbert.kernels", "native": "fastbert.native"}
+DEFAULT = {"cuda": ("triton", "native"), "cpu": ("native",)}
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+_forced: str | None = None
+
+
+def _check_name(name: str, source: str) -> str:
+    if name != REFERENCE and name not in BACKENDS:
+        raise ValueError(f"{source}: unknown backend {name!r}; the backends are {', '.join((REFERENCE, *BACKENDS))}")
+    return name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force one backend for every op in the `with` block, for the whole process.
+
+    Args:
+        name: `"reference"`, `"native"` or `"triton"`.
+
+    Raises:
+        ValueError: the name is not a backend.
+        NotImplementedError: (inside the block) the forced backend lacks an op that is called.
+    """
+    global _forced
+    before, _forced = _forced, _check_name(name, "use_backend")
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def forced_backend() -> str | None:
+    """The backend that `use_backend` or the environment variable `FASTBERT_BACKEND` forces, or None."""
+    if _forced is not None:
+        return _forced
+    name = os.environ.get("FASTBERT_BACKEND")
+    return _check_name(name, "FASTBERT_BACKEND") if name else None
+
+
+@cache
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(BACKENDS[name])
+
+
+@cache
+def _choose(op: str, device_type: str, dtype: torch.dtype, forced: str | None) -> ModuleType | None:
+    if forced == REFERENCE:
+        return None
+    if forced is not None:
+        if not _module(forced).supports(op, device_type, dtype):
+            raise NotImplementedError(
+                f"backend {forced!r} has no {op} for {dtype} on {device_type}; "
+                f"leave the choice to fastbert or force 'reference' (`python -m fastbert.ops` lists what exists)"
+            )
+        return _module(forced)
+    for name in DEFAULT.get(device_type, ()):
+        if _module(name).supports(op, device_type, dtype):
+            return _module(name)
+    return None
+
+
+def backend_for(op: str, x: torch.Tensor) -> ModuleType | None:
+    """The backend module that computes `op` on a tensor like `x`, or None for the reference in plain PyTorch."""
+    return _choose(op, x.device.type, x.dtype, forced_backend())
+
+
+def chosen(op: str, device_type: str, dtype: torch.dtype) -> str:
+    """Name of the backend that `op` takes on this device and dtype, as nothing is forced."""
+    module = _choose(op, device_type, dtype, None)
+    return REFERENCE if module is None else next(n for n, path in BACKENDS.items() if path == module.__name__)
