@@ -49,10 +49,13 @@ class PackedBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """The same batch on another device."""
-        names = ("input_ids", "position_ids", "type_ids", "cu_seqlens")
-        tensors = (getattr(self, name) for name in names)
-        moved = (None if t is None else t.to(device, non_blocking=non_blocking) for t in tensors)
-        return PackedBatch(*moved, max_seqlen=self.max_seqlen)  # type: ignore[arg-type]
+        return PackedBatch(
+            self.input_ids.to(device, non_blocking=non_blocking),
+            self.position_ids.to(device, non_blocking=non_blocking),
+            None if self.type_ids is None else self.type_ids.to(device, non_blocking=non_blocking),
+            self.cu_seqlens.to(device, non_blocking=non_blocking),
+            self.max_seqlen,
+        )
 
     def split(self, values: torch.Tensor) -> list[torch.Tensor]:
         """Cut (T, ...) values, such as hidden states, into one tensor per sequence: S views of (length, ...)."""

@@ -208,11 +208,10 @@ def save_weights(state: Mapping[str, torch.Tensor], folder: Path, max_shard_size
     whole = {name: _own_storage(tensor.detach()) for name, tensor in state.items()}
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
         save_torch_state_dict(whole, scratch, max_shard_size=max_shard_size, metadata={"format": "pt"})
-        umask = os.umask(0)
-        os.umask(umask)
         written = sorted(Path(scratch).iterdir())
+        mode = folder.stat().st_mode & 0o666  # safetensors writes private files; a checkpoint is as open as its folder
         for path in written:
-            path.chmod(0o666 & ~umask)
+            path.chmod(mode)
             os.replace(path, folder / path.name)
     stale = {p.name for p in folder.glob("model*.safetensors*")} - {p.name for p in written}
     for name in stale:

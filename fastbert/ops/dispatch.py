@@ -83,6 +83,11 @@ def backend_for(op: str, x: torch.Tensor) -> ModuleType | None:
     return _choose(op, x.device.type, x.dtype, forced_backend())
 
 
+def has(backend: str, op: str, device_type: str, dtype: torch.dtype) -> bool:
+    """Whether a backend computes `op` on this device and dtype; the reference computes everything."""
+    return backend == REFERENCE or _module(backend).supports(op, device_type, dtype)
+
+
 def chosen(op: str, device_type: str, dtype: torch.dtype) -> str:
     """Name of the backend that `op` takes on this device and dtype, as nothing is forced."""
     module = _choose(op, device_type, dtype, None)

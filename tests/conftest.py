@@ -1,0 +1,34 @@
+"""Fixtures of all tests: hub access off, uninitialised memory poisoned, real weights found."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastbert.hub import DEFAULT_MODEL, resolve
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """Folder of all-MiniLM-L6-v2, as a package ships it."""
+    return resolve(DEFAULT_MODEL)
+
+
+@pytest.fixture
+def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what `torch.empty` and `torch.empty_like` return with NaN: a kernel that misses an element fails."""
+    for name in ("empty", "empty_like"):
+        original = getattr(torch, name)
+
+        def poisoned(*args, _original=original, **kwargs):
+            out = _original(*args, **kwargs)
+            return out.fill_(float("nan")) if out.is_floating_point() else out.fill_(-(2**30))
+
+        monkeypatch.setattr(torch, name, poisoned)
