@@ -1,8 +1,4 @@
-"""BERT (Devlin et al. 2018, arXiv 1810.04805), computed on packed batches.
-
-Inside, hidden states are (T, D): tokens of all sequences end to end. `BertModel.forward` is the border where the
-padded (B, L) world of Hugging Face begins.
-"""
+"""BERT (Devlin et al. 2018, arXiv 1810.04805)."""
 
 from __future__ import annotations
 
@@ -14,12 +10,19 @@ from torch import nn
 
 from fastbert.models.activations import activation
 from fastbert.models.config import Config
-from fastbert.models.outputs import BaseModelOutputWithPooling
-from fastbert.models.pretrained import PreTrainedModel
-from fastbert.ops import add_layer_norm, attention, embed, pool
-from fastbert.ops.attention import attention_probs
-from fastbert.ops.dropout import draw_seed
-from fastbert.packing import PackedBatch, pack_padded
+from fastbert.models.encoder import AddLayerNorm, Dropout, Embeddings, Encoded, Encoder, EncoderModel, Layers, Pooler
+from fastbert.models.heads import (
+    HeadModel,
+    MaskedLM,
+    MultipleChoice,
+    NextSentencePrediction,
+    QuestionAnswering,
+    SequenceClassification,
+    TokenClassification,
+    vocabulary_loss,
+)
+from fastbert.models.outputs import ModelOutput
+from fastbert.ops import cross_entropy
 from fastbert.weights import NameTable, speak_hf_names
 
 
@@ -69,142 +72,8 @@ NAMES = NameTable(
 )
 
 
-@dataclass
-class Trace:
-    """What a forward pass records on request: hidden states (T, D) and probabilities, each a list over layers."""
-
-    hidden_states: list[torch.Tensor] | None = None
-    attentions: list[list[torch.Tensor]] | None = None
-
-    def hidden(self, hidden_TD: torch.Tensor) -> torch.Tensor:
-        """Record and pass on."""
-        if self.hidden_states is not None:
-            self.hidden_states.append(hidden_TD)
-        return hidden_TD
-
-
-class AddLayerNorm(nn.LayerNorm):
-    """LN(residual + dropout(x)): an `nn.LayerNorm`, so that optimisers know it and do not decay it."""
-
-    def __init__(self, hidden_size: int, eps: float, dropout_p: float = 0.0) -> None:
-        super().__init__(hidden_size, eps=eps)
-        self.dropout_p = dropout_p
-
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """(T, D), (T, D) -> (T, D)."""
-        p = self.dropout_p if self.training else 0.0
-        return add_layer_norm(x, residual, self.weight, self.bias, self.eps, p, draw_seed(p))
-
-
-class Embeddings(nn.Module):
-    """Word + segment + position, normalised (fig. 2 of the paper)."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        D = config.hidden_size
-        self.word_embeddings = nn.Embedding(config.vocab_size, D, padding_idx=config.pad_token_id)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, D)
-        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, D)
-        self.LayerNorm = nn.LayerNorm(D, eps=config.layer_norm_eps)
-        self.dropout_p = config.hidden_dropout_prob
-
-    def forward(self, batch: PackedBatch, word: torch.Tensor | None = None) -> torch.Tensor:
-        """PackedBatch -> (T, D). `word` replaces the table of word embeddings."""
-        padding_idx = self.word_embeddings.padding_idx if word is None else None
-        word = self.word_embeddings.weight if word is None else word
-        types = torch.zeros_like(batch.input_ids) if batch.type_ids is None else batch.type_ids
-        p = self.dropout_p if self.training else 0.0
-        return embed(
-            batch.input_ids, batch.position_ids, types,
-            word, self.position_embeddings.weight, self.token_type_embeddings.weight,
-            self.LayerNorm.weight, self.LayerNorm.bias, self.LayerNorm.eps, padding_idx, p, draw_seed(p),
-        )  # fmt: skip
-
-
-class SelfAttention(nn.Module):
-    """Multi-head self-attention and its output projection."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        D = config.hidden_size
-        self.num_heads = config.num_attention_heads
-        self.qkv = nn.Linear(D, 3 * D)
-        self.dense = nn.Linear(D, D)
-        self.dropout_p = config.attention_probs_dropout_prob
-
-    def forward(self, x: torch.Tensor, batch: PackedBatch, trace: Trace) -> torch.Tensor:
-        """(T, D) -> (T, D)."""
-        qkv = self.qkv(x).view(x.shape[0], 3, self.num_heads, -1)
-        if trace.attentions is not None:
-            trace.attentions.append(attention_probs(qkv, batch.cu_seqlens))
-        p = self.dropout_p if self.training else 0.0
-        context = attention(qkv, batch.cu_seqlens, batch.max_seqlen, dropout_p=p, seed=draw_seed(p))
-        return self.dense(context.flatten(1))
-
-
-class FeedForward(nn.Module):
-    """Two linears with an activation between."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        self.intermediate = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.output = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.act = activation(config.hidden_act)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(T, D) -> (T, D)."""
-        return self.output(self.act(self.intermediate(x)))
-
-
-class Layer(nn.Module):
-    """A transformer layer: norm(sublayer(x), x), twice."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        D, eps, p = config.hidden_size, config.layer_norm_eps, config.hidden_dropout_prob
-        self.attention = SelfAttention(config)
-        self.attention_LayerNorm = AddLayerNorm(D, eps, p)
-        self.feed_forward = FeedForward(config)
-        self.output_LayerNorm = AddLayerNorm(D, eps, p)
-
-    def forward(self, x: torch.Tensor, batch: PackedBatch, trace: Trace) -> torch.Tensor:
-        """(T, D) -> (T, D)."""
-        x = self.attention_LayerNorm(self.attention(x, batch, trace), x)
-        return self.output_LayerNorm(self.feed_forward(x), x)
-
-
-class Encoder(nn.Module):
-    """The stack of layers."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        self.layer = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-
-    def forward(self, x: torch.Tensor, batch: PackedBatch, trace: Trace) -> torch.Tensor:
-        """(T, D) -> (T, D)."""
-        for layer in self.layer:
-            x = layer(trace.hidden(x), batch, trace)
-        return trace.hidden(x)
-
-
-class Pooler(nn.Module):
-    """tanh(W h + b) of each sequence's first token."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def forward(self, hidden_TD: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-        """(T, D) -> (S, D)."""
-        return torch.tanh(self.dense(pool(hidden_TD, batch.cu_seqlens, "cls")))
-
-
-class BertModel(PreTrainedModel):
-    """The encoder, with Hugging Face's calling convention, names and outputs.
-
-    Padding is removed once at the door and put back once at the end: padded positions of the outputs are 0.
-    The pooler reads each row's first kept token, which under left padding is [CLS] and not column 0.
-    """
+class BertModel(EncoderModel):
+    """The encoder and its pooler."""
 
     config_class = BertConfig
     base_model_prefix = "bert"
@@ -212,24 +81,129 @@ class BertModel(PreTrainedModel):
 
     def __init__(self, config: BertConfig, add_pooling_layer: bool = True) -> None:
         super().__init__(config)
-        self.embeddings = Embeddings(config)
+        self.embeddings = Embeddings(config, config.hidden_size, config.type_vocab_size, config.pad_token_id, None)
         self.encoder = Encoder(config)
         self.pooler = Pooler(config) if add_pooling_layer else None
         self.init_weights()
         speak_hf_names(self, NAMES)
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        """The table of word embeddings."""
-        return self.embeddings.word_embeddings
 
-    def forward_packed(
-        self, batch: PackedBatch, trace: Trace | None = None, inputs_embeds: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """PackedBatch -> hidden states (T, D) of the last layer; nothing is padded.
+class PredictionTransform(nn.Module):
+    """LN(act(W h + b)): the masked-LM head before the vocabulary."""
 
-        `inputs_embeds` (N, D) replaces the word table: `batch.input_ids` are then rows of it.
-        """
-        return self.encoder(self.embeddings(batch, inputs_embeds), batch, trace or Trace())
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.act = activation(config.hidden_act)
+        self.LayerNorm = AddLayerNorm(config.hidden_size, config.layer_norm_eps)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(N, D) -> (N, D)."""
+        return self.LayerNorm(self.act(self.dense(hidden)))
+
+
+class LMPredictionHead(nn.Module):
+    """Vocabulary logits; the decoder follows the word embeddings (`tied_keys` of the models)."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.transform = PredictionTransform(config)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(N, D) -> (N, V)."""
+        return self.decoder(self.transform(hidden))
+
+
+class PreTrainingHeads(nn.Module):
+    """What Hugging Face calls `cls`: the masked-LM head, the next-sentence head, or both."""
+
+    def __init__(self, config: Any, predictions: bool = True, seq_relationship: bool = True) -> None:
+        super().__init__()
+        if predictions:
+            self.predictions = LMPredictionHead(config)
+        if seq_relationship:
+            self.seq_relationship = nn.Linear(config.hidden_size, 2)
+
+
+TIED = {
+    "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+    "cls.predictions.decoder.bias": "cls.predictions.bias",
+}
+
+
+def classifier_dropout(config: BertConfig) -> Dropout:
+    """Dropout before a classifier: `classifier_dropout`, or the hidden states' where that is None."""
+    return Dropout(config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout)
+
+
+class BertHead(HeadModel):
+    """What BERT's heads share: their base model."""
+
+    config_class = BertConfig
+    base_model_prefix = "bert"
+    head_roots = BertModel.head_roots
+    bert: BertModel
+
+    def pooled(self, encoded: Encoded) -> torch.Tensor:
+        """(S, D) pooler output."""
+        assert self.bert.pooler is not None
+        return self.bert.pooler(encoded.hidden_TD, encoded.batch)
+
+
+class BertForMaskedLM(BertHead, MaskedLM):
+    """Masked language modelling (sec. 3.1, task 1)."""
+
+    tied_keys = TIED
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config, BertModel(config, add_pooling_layer=False))
+        self.cls = PreTrainingHeads(config, seq_relationship=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.cls.predictions.decoder
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.cls.predictions(hidden)
+
+
+class BertForNextSentencePrediction(BertHead, NextSentencePrediction):
+    """Next-sentence prediction (sec. 3.1, task 2)."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config, BertModel(config))
+        self.cls = PreTrainingHeads(config, predictions=False)
+        self.post_init()
+
+    def logits(self, encoded: Encoded) -> torch.Tensor:
+        return self.cls.seq_relationship(self.pooled(encoded))
+
+
+@dataclass
+class BertForPreTrainingOutput(ModelOutput):
+    """`loss` scalar, `prediction_logits` (B, L, V), `seq_relationship_logits` (B, 2)."""
+
+    loss: torch.Tensor | None = None
+    prediction_logits: torch.Tensor | None = None
+    seq_relationship_logits: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor | None, ...] | None = None
+    attentions: tuple[torch.Tensor | None, ...] | None = None
+
+
+class BertForPreTraining(BertHead):
+    """Both tasks of the paper: loss = masked LM + next sentence."""
+
+    tied_keys = TIED
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config, BertModel(config))
+        self.cls = PreTrainingHeads(config)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.cls.predictions.decoder
 
     def forward(
         self,
@@ -238,52 +212,82 @@ class BertModel(PreTrainedModel):
         token_type_ids: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        next_sentence_label: torch.Tensor | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: Layers | None = None,
         return_dict: bool | None = None,
-    ) -> BaseModelOutputWithPooling | tuple[Any, ...]:
-        """The padded call of `transformers`.
-
-        Args:
-            input_ids: (B, L) int64; or `inputs_embeds` (B, L, D), exactly one of them.
-            attention_mask: (B, L), non-zero = keep, any pattern. A row without a kept token gives zeros.
-            token_type_ids: (B, L); None = all 0.
-            position_ids: (B, L) or (1, L); None = the column.
-            output_attentions, output_hidden_states: also return each layer's; None = as the configuration says.
-            return_dict: False gives a tuple.
-
-        Returns:
-            `last_hidden_state` (B, L, D), `pooler_output` (B, D), `hidden_states` (num_layers + 1 times (B, L, D)),
-            `attentions` (num_layers times (B, H, L, L), exact probabilities before dropout).
-
-        Raises:
-            ValueError: both or neither of `input_ids` and `inputs_embeds`, or shapes and masks that do not fit.
-            IndexError: ids outside a table.
-        """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        table = None
-        if inputs_embeds is not None:
-            B, L, D = inputs_embeds.shape
-            table, input_ids = (
-                inputs_embeds.reshape(B * L, D),
-                torch.arange(B * L, device=inputs_embeds.device).view(B, L),
-            )
-        assert input_ids is not None
-        batch, padding = pack_padded(input_ids, attention_mask, token_type_ids, position_ids)
-        trace = Trace(
-            [] if _or(output_hidden_states, self.config.output_hidden_states) else None,
-            [] if _or(output_attentions, self.config.output_attentions) else None,
+        output_logits: bool | None = None,
+    ) -> BertForPreTrainingOutput | tuple[Any, ...]:
+        """As `BertForMaskedLM`, with `next_sentence_label` (B); the loss needs both labels."""
+        encoded = self.bert.encode(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
+            output_attentions, output_hidden_states,
+        )  # fmt: skip
+        both = labels is not None and next_sentence_label is not None
+        with_logits = not (both and self.training) if output_logits is None else output_logits
+        labels_T = encoded.padding.pack(labels) if both and labels is not None else None
+        mlm_loss, logits = vocabulary_loss(self.cls.predictions, encoded.hidden_TD, labels_T, with_logits)
+        relationship = self.cls.seq_relationship(self.pooled(encoded))
+        loss = None
+        if mlm_loss is not None and next_sentence_label is not None:
+            loss = mlm_loss + cross_entropy(relationship, next_sentence_label.reshape(-1))
+        output = BertForPreTrainingOutput(
+            loss,
+            None if logits is None else encoded.unpack(logits),
+            relationship,
+            encoded.hidden_states,
+            encoded.attentions,
         )
-        hidden_TD = self.forward_packed(batch, trace, table)
-        output = BaseModelOutputWithPooling(
-            last_hidden_state=padding.unpack(hidden_TD),
-            pooler_output=None if self.pooler is None else self.pooler(hidden_TD, batch),
-            hidden_states=None if trace.hidden_states is None else tuple(map(padding.unpack, trace.hidden_states)),
-            attentions=None if trace.attentions is None else tuple(map(padding.unpack_square, trace.attentions)),
-        )
-        return output if _or(return_dict, self.config.return_dict) else output.to_tuple()
+        return self.finish(output, return_dict)
 
 
-def _or(value: bool | None, default: bool) -> bool:
-    return default if value is None else value
+class BertForSequenceClassification(BertHead, SequenceClassification):
+    """A linear on the pooled [CLS] (fig. 4 a, b)."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config, BertModel(config))
+        self.dropout = classifier_dropout(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def logits(self, encoded: Encoded) -> torch.Tensor:
+        return self.classifier(self.dropout(self.pooled(encoded)))
+
+
+class BertForTokenClassification(BertHead, TokenClassification):
+    """A linear on every token (fig. 4 d)."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config, BertModel(config, add_pooling_layer=False))
+        self.dropout = classifier_dropout(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def logits(self, encoded: Encoded) -> torch.Tensor:
+        return self.classifier(self.dropout(encoded.hidden_TD))
+
+
+class BertForQuestionAnswering(BertHead, QuestionAnswering):
+    """Start and end scores for every token (fig. 4 c)."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config, BertModel(config, add_pooling_layer=False))
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    def logits(self, encoded: Encoded) -> torch.Tensor:
+        return self.qa_outputs(encoded.hidden_TD)
+
+
+class BertForMultipleChoice(BertHead, MultipleChoice):
+    """One score for the pooled [CLS] of each choice (sec. 4.4)."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config, BertModel(config))
+        self.dropout = classifier_dropout(config)
+        self.classifier = nn.Linear(config.hidden_size, 1)
+        self.post_init()
+
+    def logits(self, encoded: Encoded) -> torch.Tensor:
+        return self.classifier(self.dropout(self.pooled(encoded)))

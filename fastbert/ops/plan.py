@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
 
 import torch
 
@@ -83,7 +84,7 @@ def plan_batches(
 def plan_concat_ref(sequences: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
     """The specification of `plan_concat`."""
     lengths = [len(s) for s in sequences]
-    ids = torch.tensor([i for s in sequences for i in s], dtype=torch.int64)
+    ids = torch.tensor([index(i) for s in sequences for i in s], dtype=torch.int64)
     positions = torch.tensor([i for n in lengths for i in range(n)], dtype=torch.int64)
     cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32)
     cu_seqlens[1:] = torch.tensor(lengths, dtype=torch.int64).cumsum(0)

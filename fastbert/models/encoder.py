@@ -1,0 +1,343 @@
+"""The layers of the post-norm encoder that the families share, and the border to the padded world.
+
+Inside, hidden states are (T, D): tokens of all sequences end to end. `EncoderModel.encode` is the door where padding
+is removed, `Encoded.unpack` the one where it is put back. It knows no family: configurations arrive duck-typed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from fastbert.models.activations import activation
+from fastbert.models.outputs import BaseModelOutputWithPooling
+from fastbert.models.pretrained import PreTrainedModel
+from fastbert.ops import add_layer_norm, attention, embed, pool
+from fastbert.ops.attention import attention_probs
+from fastbert.ops.dropout import draw_seed, dropout_ref
+from fastbert.packing import PackedBatch, Padding, pack_padded
+
+Layers = bool | int | Sequence[int]
+
+
+@dataclass
+class Trace:
+    """What a forward pass records on request: hidden states (T, D) and probabilities, each a list over layers."""
+
+    hidden_states: list[torch.Tensor] | None = None
+    attentions: list[list[torch.Tensor]] | None = None
+
+    def hidden(self, hidden_TD: torch.Tensor) -> torch.Tensor:
+        """Record and pass on."""
+        if self.hidden_states is not None:
+            self.hidden_states.append(hidden_TD)
+        return hidden_TD
+
+
+class Dropout(nn.Dropout):
+    """Dropout of (N, D) rows by the hash that all ops share."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, D) -> (N, D)."""
+        p = self.p if self.training else 0.0
+        return dropout_ref(x, p, draw_seed(p))
+
+
+class AddLayerNorm(nn.LayerNorm):
+    """LN(residual + dropout(x)): an `nn.LayerNorm`, so that optimisers know it and do not decay it."""
+
+    def __init__(self, hidden_size: int, eps: float, dropout_p: float = 0.0) -> None:
+        super().__init__(hidden_size, eps=eps)
+        self.dropout_p = dropout_p
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """(T, D), (T, D) -> (T, D)."""
+        p = self.dropout_p if self.training else 0.0
+        return add_layer_norm(x, residual, self.weight, self.bias, self.eps, p, draw_seed(p))
+
+
+class Embeddings(nn.Module):
+    """Word + segment + position, normalised; `type_vocab_size` 0 means a family without segments."""
+
+    def __init__(
+        self, config: Any, size: int, type_vocab_size: int, padding_idx: int | None, position_padding_idx: int | None
+    ) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, size, padding_idx=padding_idx)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, size, padding_idx=position_padding_idx)
+        self.token_type_embeddings = nn.Embedding(type_vocab_size, size) if type_vocab_size else None
+        self.LayerNorm = nn.LayerNorm(size, eps=config.layer_norm_eps)
+        self.dropout_p = config.hidden_dropout_prob
+
+    def forward(self, batch: PackedBatch, word: torch.Tensor | None = None) -> torch.Tensor:
+        """PackedBatch -> (T, E). `word` (N, E) replaces the table of word embeddings."""
+        padding_idx = self.word_embeddings.padding_idx if word is None else None
+        word = self.word_embeddings.weight if word is None else word
+        types, type_table = None, None
+        if self.token_type_embeddings is not None:
+            types = torch.zeros_like(batch.input_ids) if batch.type_ids is None else batch.type_ids
+            type_table = self.token_type_embeddings.weight
+        p = self.dropout_p if self.training else 0.0
+        return embed(
+            batch.input_ids, batch.position_ids, types, word, self.position_embeddings.weight, type_table,
+            self.LayerNorm.weight, self.LayerNorm.bias, self.LayerNorm.eps, padding_idx, p, draw_seed(p),
+        )  # fmt: skip
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention and its output projection."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        D = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.qkv = nn.Linear(D, 3 * D)
+        self.dense = nn.Linear(D, D)
+        self.dropout_p = config.attention_probs_dropout_prob
+
+    def forward(self, x: torch.Tensor, batch: PackedBatch, trace: Trace) -> torch.Tensor:
+        """(T, D) -> (T, D)."""
+        qkv = self.qkv(x).view(x.shape[0], 3, self.num_heads, x.shape[1] // self.num_heads)
+        if trace.attentions is not None:
+            trace.attentions.append(attention_probs(qkv, batch.cu_seqlens))
+        p = self.dropout_p if self.training else 0.0
+        context = attention(qkv, batch.cu_seqlens, batch.max_seqlen, dropout_p=p, seed=draw_seed(p))
+        return self.dense(context.flatten(1))
+
+
+class FeedForward(nn.Module):
+    """Two linears with an activation between."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.intermediate = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.output = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.act = activation(config.hidden_act)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(T, D) -> (T, D)."""
+        return self.output(self.act(self.intermediate(x)))
+
+
+class Layer(nn.Module):
+    """A transformer layer: norm(sublayer(x), x), twice."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        D, eps, p = config.hidden_size, config.layer_norm_eps, config.hidden_dropout_prob
+        self.attention = SelfAttention(config)
+        self.attention_LayerNorm = AddLayerNorm(D, eps, p)
+        self.feed_forward = FeedForward(config)
+        self.output_LayerNorm = AddLayerNorm(D, eps, p)
+
+    def forward(self, x: torch.Tensor, batch: PackedBatch, trace: Trace) -> torch.Tensor:
+        """(T, D) -> (T, D)."""
+        x = self.attention_LayerNorm(self.attention(x, batch, trace), x)
+        return self.output_LayerNorm(self.feed_forward(x), x)
+
+
+class Encoder(nn.Module):
+    """The stack of layers."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.checkpoint_kwargs: dict[str, Any] | None = None
+
+    def forward(self, x: torch.Tensor, batch: PackedBatch, trace: Trace) -> torch.Tensor:
+        """(T, D) -> (T, D)."""
+        for layer in self.layer:
+            x = self.run(layer, trace.hidden(x), batch, trace)
+        return trace.hidden(x)
+
+    def run(self, layer: nn.Module, x: torch.Tensor, *args: Any) -> torch.Tensor:
+        """One layer; with gradient checkpointing its activations are computed again in backward."""
+        if self.checkpoint_kwargs is None or not (self.training and torch.is_grad_enabled()):
+            return layer(x, *args)
+        return checkpoint(layer, x, *args, **self.checkpoint_kwargs)
+
+
+class Pooler(nn.Module):
+    """tanh(W h + b) of each sequence's first token."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_TD: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+        """(T, D) -> (S, D)."""
+        return torch.tanh(self.dense(pool(hidden_TD, batch.cu_seqlens, "cls")))
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What the encoder made of a padded call: packed hidden states, and the way back to (B, L)."""
+
+    hidden_TD: torch.Tensor
+    batch: PackedBatch
+    padding: Padding
+    trace: Trace
+    layers: Layers | None
+
+    def unpack(self, values: torch.Tensor) -> torch.Tensor:
+        """(T, ...) -> (B, L, ...), zeros at padding."""
+        return self.padding.unpack(values)
+
+    @property
+    def hidden_states(self) -> tuple[torch.Tensor | None, ...] | None:
+        """(num_layers + 1) x (B, L, D) if asked for; entries that a list of layers leaves out are None."""
+        states = self.trace.hidden_states
+        if states is None:
+            return None
+        wanted = range(len(states)) if self.layers is True else _as_list(self.layers)
+        chosen = {i % len(states) for i in wanted}
+        return tuple(self.unpack(h) if i in chosen else None for i, h in enumerate(states))
+
+    @property
+    def attentions(self) -> tuple[torch.Tensor, ...] | None:
+        """num_layers x (B, H, L, L) if asked for."""
+        return None if self.trace.attentions is None else tuple(map(self.padding.unpack_square, self.trace.attentions))
+
+
+def _as_list(layers: Any) -> list[int]:
+    return [layers] if isinstance(layers, int) else list(layers)
+
+
+class EncoderModel(PreTrainedModel):
+    """A family's base model: `embeddings`, `encoder`, perhaps a `pooler`, and Hugging Face's padded call.
+
+    Padding is removed once at the door and put back once at the end: padded positions of the outputs are 0.
+    The pooler reads each row's first kept token, which under left padding is [CLS] and not column 0.
+    """
+
+    embeddings: Embeddings
+    encoder: Encoder
+    pooler: nn.Module | None
+    position_offset: int = 0  # position id of a sequence's first token
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The table of word embeddings."""
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, table: nn.Embedding) -> None:
+        """Replace the table of word embeddings."""
+        self.embeddings.word_embeddings = table
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Keep only each layer's input in training; `gradient_checkpointing_kwargs` go to torch's `checkpoint`."""
+        self.encoder.checkpoint_kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep all activations again."""
+        self.encoder.checkpoint_kwargs = None
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether layers are recomputed in backward."""
+        return self.encoder.checkpoint_kwargs is not None
+
+    def padded_positions(self, input_ids: torch.Tensor | None, shape: tuple[int, int]) -> torch.Tensor | None:
+        """(B, L) position ids that the family gives a padded batch; None = the column."""
+        return None
+
+    def forward_packed(
+        self, batch: PackedBatch, trace: Trace | None = None, inputs_embeds: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """PackedBatch -> hidden states (T, D) of the last layer; nothing is padded.
+
+        `inputs_embeds` (N, E) replaces the word table: `batch.input_ids` are then rows of it.
+        """
+        return self.encoder(self.embeddings(batch, inputs_embeds), batch, trace or Trace())
+
+    def encode(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: Layers | None = None,
+    ) -> Encoded:
+        """Pack a padded call and run the encoder: the door that base model and heads share.
+
+        Raises:
+            ValueError: both or neither of `input_ids` and `inputs_embeds`, or shapes and masks that do not fit.
+            IndexError: ids outside a table.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        table = None
+        if inputs_embeds is not None:
+            if inputs_embeds.ndim != 3:
+                raise ValueError(f"inputs_embeds must be (batch, length, size), got {tuple(inputs_embeds.shape)}")
+            B, L, _ = inputs_embeds.shape
+            if position_ids is None:
+                position_ids = self.padded_positions(None, (B, L))
+            table = inputs_embeds.flatten(0, 1)
+            input_ids = torch.arange(B * L, device=inputs_embeds.device).view(B, L)
+        elif position_ids is None and input_ids is not None and input_ids.ndim == 2:
+            position_ids = self.padded_positions(input_ids, (input_ids.shape[0], input_ids.shape[1]))
+        assert input_ids is not None
+        batch, padding = pack_padded(input_ids, attention_mask, token_type_ids, position_ids)
+        layers = None if output_hidden_states is False else output_hidden_states
+        trace = Trace(None if layers is None else [], [] if output_attentions else None)
+        return Encoded(self.forward_packed(batch, trace, table), batch, padding, trace, layers)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: Layers | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPooling | tuple[Any, ...]:
+        """The padded call of `transformers`.
+
+        Args:
+            input_ids: (B, L) int64; or `inputs_embeds` (B, L, E), exactly one of them.
+            attention_mask: (B, L), non-zero = keep, any pattern. A row without a kept token gives zeros.
+            token_type_ids: (B, L); None = all 0.
+            position_ids: (B, L) or (1, L); None = as the family counts.
+            output_attentions, output_hidden_states: also return each layer's; None = as the configuration says.
+                A layer number or a list of them records only those hidden states.
+            return_dict: False gives a tuple.
+
+        Returns:
+            `last_hidden_state` (B, L, D), `pooler_output` (B, D), `hidden_states` (num_layers + 1 times (B, L, D)),
+            `attentions` (num_layers times (B, H, L, L), exact probabilities before dropout).
+
+        Raises:
+            ValueError: both or neither of `input_ids` and `inputs_embeds`, or shapes and masks that do not fit.
+            IndexError: ids outside a table (checked on the CPU).
+        """
+        encoded = self.encode(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            output_attentions,
+            output_hidden_states,
+        )
+        return self.finish(
+            BaseModelOutputWithPooling(
+                last_hidden_state=encoded.unpack(encoded.hidden_TD),
+                pooler_output=None if self.pooler is None else self.pooler(encoded.hidden_TD, encoded.batch),
+                hidden_states=encoded.hidden_states,
+                attentions=encoded.attentions,
+            ),
+            return_dict,
+        )

@@ -1,0 +1,311 @@
+"""Every family's heads against Hugging Face: loss, logits and each parameter's gradient, ragged masks."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch.nn.functional import cross_entropy as ce
+
+import fastbert
+from fastbert.testing import GRADIENT_FACTOR, assert_within_budget
+
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 80,
+    "max_position_embeddings": 40,
+    "initializer_range": 0.1,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+B, L, N = 5, 20, 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """A row: the class's name (the same on both sides), its configuration, and what kind of labels it takes."""
+
+    name: str
+    labels: str
+    config: dict[str, Any] = dataclasses.field(default_factory=lambda: SMALL)
+    variant: str = ""
+
+    @property
+    def ours(self):
+        return getattr(fastbert, self.name)
+
+    @property
+    def theirs(self):
+        return getattr(transformers, self.name)
+
+    def __str__(self):
+        return self.name + self.variant
+
+
+def _heads(prefix: str, config: dict, kinds: dict[str, str]) -> list[Head]:
+    return [Head(f"{prefix}For{task}", labels, config) for task, labels in kinds.items()]
+
+
+COMMON = {
+    "MaskedLM": "tokens",
+    "SequenceClassification": "class",
+    "TokenClassification": "token_class",
+    "QuestionAnswering": "span",
+    "MultipleChoice": "choice",
+}
+MULTI = SMALL | {"num_labels": N, "problem_type": "multi_label_classification"}
+
+HEADS = [
+    *_heads("Bert", SMALL, COMMON | {"NextSentencePrediction": "class2", "PreTraining": "pretraining"}),
+    Head("BertForSequenceClassification", "regression", SMALL | {"num_labels": 1}, "-regression"),
+    Head("BertForSequenceClassification", "multi", MULTI, "-multi"),
+    Head("BertForMaskedLM", "tokens", SMALL | {"tie_word_embeddings": False}, "-untied"),
+]
+heads = pytest.mark.parametrize("head", HEADS, ids=str)
+
+
+def inputs_of(head: Head, seed: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """(inputs, labels); column 0 is always kept, since Hugging Face pools it."""
+    g = torch.Generator().manual_seed(seed)
+    choices = 2 if head.labels == "choice" else 1
+    shape = (B * choices, L)
+    ids = torch.randint(5, head.config["vocab_size"], shape, generator=g)
+    mask = (torch.arange(L) < torch.randint(2, L + 1, (shape[0], 1), generator=g)).long()
+    mask[1] = (torch.rand(L, generator=g) > 0.4).long()
+    mask[:, 0] = 1
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if head.config.get("type_vocab_size", 2) == 2 and "type_vocab_size" not in head.config.get("absent", ()):
+        inputs["token_type_ids"] = torch.randint(0, 2, shape, generator=g)
+    if choices > 1:
+        inputs = {k: v.view(B, choices, L) for k, v in inputs.items()}
+    kept = mask.bool() & (torch.rand(shape, generator=g) < 0.4)
+    tokens = torch.where(kept, torch.randint(5, head.config["vocab_size"], shape, generator=g), -100)
+    labels = {
+        "tokens": lambda: {"labels": tokens},
+        "class": lambda: {"labels": torch.randint(0, 2, (B,), generator=g)},
+        "class2": lambda: {"labels": torch.randint(0, 2, (B,), generator=g)},
+        "regression": lambda: {"labels": torch.randn(B, generator=g)},
+        "multi": lambda: {"labels": torch.randint(0, 2, (B, N), generator=g).float()},
+        "token_class": lambda: {"labels": torch.where(kept, torch.randint(0, 2, shape, generator=g), -100)},
+        "span": lambda: {"start_positions": torch.zeros(B).long(), "end_positions": torch.tensor([0, 1, 0, 99, 0])},
+        "choice": lambda: {"labels": torch.randint(0, 2, (B,), generator=g)},
+        "pretraining": lambda: {"labels": tokens, "next_sentence_label": torch.randint(0, 2, (B,), generator=g)},
+    }[head.labels]()
+    return inputs, labels
+
+
+def randomise(model: torch.nn.Module, seed: int) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():  # zeros and ones hide swapped biases and norms
+            if parameter.ndim == 1:
+                norm = "norm" in name.lower() and name.endswith("weight")
+                parameter.normal_(1.0 if norm else 0.0, 0.1)
+            else:
+                parameter.normal_(0.0, 0.1)
+    return model
+
+
+def pair(head: Head, tmp_path, seed: int):
+    theirs = randomise(head.theirs(head.theirs.config_class(**head.config, attn_implementation="eager")), seed).eval()
+    theirs.save_pretrained(tmp_path)
+    return head.ours.from_pretrained(tmp_path), theirs
+
+
+def their_loss(head: Head, out, inputs, labels) -> torch.Tensor:
+    """Hugging Face's loss; for spans without the probability that its garbage at padding takes."""
+    if head.labels != "span":
+        return out.loss
+    fill = torch.finfo(out.start_logits.dtype).min
+    mask = inputs["attention_mask"].bool()
+    start, end = (torch.where(mask, x, fill) for x in (out.start_logits, out.end_logits))
+    targets = (labels["start_positions"].clamp(0, L), labels["end_positions"].clamp(0, L))
+    return sum(ce(x, y, ignore_index=L) for x, y in zip((start, end), targets, strict=True)) / 2
+
+
+def results(head: Head, model, inputs, labels, dtype, *, ours: bool) -> dict[str, torch.Tensor]:
+    """Loss, logits at real positions, and every parameter's gradient under Hugging Face's name."""
+    labels = {k: v.to(dtype) if v.is_floating_point() else v for k, v in labels.items()}
+    model = model.to(dtype)
+    model.zero_grad()
+    out = model(
+        **inputs, **labels, **({"output_logits": True} if head.labels in ("tokens", "pretraining") and ours else {})
+    )
+    loss = out.loss if ours else their_loss(head, out, inputs, labels)
+    loss.backward()
+    named = {"loss": loss.detach().to(dtype)}
+    mask = inputs["attention_mask"].bool()
+    for key, value in out.items():
+        if "logits" in key:
+            named[key] = (value[mask] if value.shape[:2] == mask.shape and mask.ndim == 2 else value).detach()
+    for parameter in model.parameters():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    if ours:
+        values = {id(p): p.data for p in model.parameters()}
+        for p in model.parameters():
+            p.data = p.grad
+        named |= {f"grad {k}": v.clone() for k, v in model.state_dict().items()}
+        for p in model.parameters():
+            p.data = values[id(p)]
+    else:
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        named |= {f"grad {k}": parameters[k].grad.clone() for k in model.state_dict() if k in parameters}
+    return named
+
+
+@heads
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_fp64_equals_hugging_face(head, seed, tmp_path):
+    ours, theirs = pair(head, tmp_path, seed)
+    inputs, labels = inputs_of(head, seed)
+    a = results(head, ours, inputs, labels, torch.float64, ours=True)
+    b = results(head, theirs, inputs, labels, torch.float64, ours=False)
+    assert a.keys() == b.keys()
+    largest = max(v.abs().max().item() for k, v in b.items() if k.startswith("grad"))
+    for key, exact in b.items():
+        scale = largest if key.startswith("grad") else max(1.0, exact.abs().max().item())
+        assert (a[key] - exact).abs().max().item() <= 1e-12 * scale, key
+
+
+@heads
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_within_budget_of_hugging_face(head, dtype, tmp_path):
+    ours, theirs = pair(head, tmp_path, 0)
+    inputs, labels = inputs_of(head, 0)
+    ours, theirs = ours.to(dtype), theirs.to(dtype)
+    a = results(head, ours, inputs, labels, dtype, ours=True)
+    same = results(head, theirs, inputs, labels, dtype, ours=False)
+    exact = results(head, theirs, inputs, labels, torch.float64, ours=False)
+    everything = []
+    for results_ in (a, same, exact):  # gradients share one budget: the smallest tensors have no error to compare with
+        everything.append(torch.cat([results_[k].flatten() for k in exact if k.startswith("grad")]))
+    assert_within_budget(*everything, factor=GRADIENT_FACTOR, what="gradients")
+    for key in exact:
+        if "logits" in key:
+            assert_within_budget(a[key], same[key], exact[key], what=key)
+
+
+@heads
+def test_training_mode_needs_no_full_logits_and_tuples_skip_none(head, tmp_path):
+    ours, _ = pair(head, tmp_path, 0)
+    inputs, labels = inputs_of(head, 0)
+    evaluated = ours(**inputs, **labels)
+    trained = ours.train()(**inputs, **labels)
+    torch.testing.assert_close(trained.loss, evaluated.loss, rtol=1e-5, atol=1e-6)
+    if head.labels in ("tokens", "pretraining"):
+        assert "logits" not in trained
+        assert "prediction_logits" not in trained
+    as_tuple = ours.eval()(**inputs, **labels, return_dict=False)
+    assert isinstance(as_tuple, tuple)
+    assert len(as_tuple) == len(evaluated)
+    assert torch.equal(as_tuple[0], evaluated.loss)
+    assert "loss" not in ours(**inputs)
+
+
+@heads
+def test_save_is_what_transformers_loads(head, tmp_path):
+    ours, theirs = pair(head, tmp_path / "theirs", 0)
+    ours.save_pretrained(tmp_path / "ours")
+    again, info = head.theirs.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    expected = theirs.state_dict()
+    for key, value in again.state_dict().items():
+        assert torch.equal(value, expected[key]), key
+
+
+@pytest.mark.parametrize("head", [h for h in HEADS if h.labels == "tokens"], ids=str)
+def test_resize_token_embeddings(head, tmp_path):
+    ours, _ = pair(head, tmp_path, 0)
+    inputs, labels = inputs_of(head, 0)
+    before = ours(**inputs).logits
+    table = ours.resize_token_embeddings(100, pad_to_multiple_of=8)
+    assert table.num_embeddings == ours.config.vocab_size == ours.base_model.config.vocab_size == 104
+    assert ours.get_input_embeddings() is table
+    after = ours(**inputs, **labels)
+    assert after.logits.shape[-1] == 104
+    assert torch.equal(after.logits[..., :97], before)
+    after.loss.backward()
+    decoder = ours.get_output_embeddings()
+    assert (decoder.weight is table.weight) == ours.config.tie_word_embeddings
+    ours.save_pretrained(tmp_path / "resized")
+    again = head.theirs.from_pretrained(tmp_path / "resized").eval()
+    torch.testing.assert_close(again(**inputs).logits[inputs["attention_mask"].bool()],
+                               after.logits[inputs["attention_mask"].bool()], rtol=1e-4, atol=1e-5)  # fmt: skip
+    assert ours.resize_token_embeddings(50).num_embeddings == 50
+    with pytest.raises(ValueError, match="at least 1 row"):
+        ours.resize_token_embeddings(0)
+
+
+def test_base_file_into_a_head_warns_and_initialises(tmp_path):
+    base = fastbert.BertModel(fastbert.BertConfig(**SMALL))
+    base.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"classifier\.bias, classifier\.weight"):
+        model = fastbert.BertForSequenceClassification.from_pretrained(tmp_path, num_labels=4)
+    assert model.classifier.weight.shape == (4, 48)
+    assert 0.02 < model.classifier.weight.std() < 0.3
+    assert torch.equal(model.bert.pooler.dense.weight, base.pooler.dense.weight)
+    model.save_pretrained(tmp_path / "head")
+    again, info = fastbert.BertModel.from_pretrained(tmp_path / "head", output_loading_info=True)
+    assert sorted(info["unexpected_keys"]) == ["classifier.bias", "classifier.weight"]
+    assert torch.equal(again.encoder.layer[0].attention.qkv.weight, base.encoder.layer[0].attention.qkv.weight)
+
+
+def test_wrong_labels_are_named():
+    model = fastbert.BertForSequenceClassification(fastbert.BertConfig(**SMALL))
+    ids = torch.ones(2, 3).long()
+    with pytest.raises(IndexError, match="label 2 is outside the 2 classes"):
+        model(ids, labels=torch.tensor([0, 2]))
+    with pytest.raises(ValueError, match="multi_label_classification: labels have shape"):
+        model(ids, labels=torch.ones(2))
+    model.config = model.config.replace(problem_type="ranking")
+    with pytest.raises(ValueError, match="'ranking'"):
+        model(ids, labels=torch.ones(2))
+
+
+# Mutants: the head's own mistakes must not pass the fp64 test.
+
+
+def _relu_in_the_transform(ours):
+    ours.cls.predictions.transform.act = torch.relu
+
+
+def _decoder_bias_lost(ours):
+    ours.cls.predictions.decoder.bias = None
+
+
+def _last_token_pooled(ours):
+    ours.bert.pooler.forward = lambda h, batch: torch.tanh(ours.bert.pooler.dense(h[batch.cu_seqlens[1:].long() - 1]))
+
+
+def _labels_shifted(ours):
+    forward = ours.forward
+    ours.forward = lambda labels, **rest: forward(labels=labels.roll(1, dims=1), **rest)
+
+
+@pytest.mark.parametrize(
+    ("name", "mutate"),
+    [
+        ("BertForMaskedLM", _relu_in_the_transform),
+        ("BertForMaskedLM", _decoder_bias_lost),
+        ("BertForSequenceClassification", _last_token_pooled),
+        ("BertForNextSentencePrediction", _last_token_pooled),
+        ("BertForMultipleChoice", _last_token_pooled),
+        ("BertForTokenClassification", _labels_shifted),
+    ],
+)
+def test_mutant_fails(name, mutate, tmp_path):
+    head = next(h for h in HEADS if h.name == name)
+    ours, theirs = pair(head, tmp_path, 0)
+    mutate(ours)
+    inputs, labels = inputs_of(head, 0)
+    a = results(head, ours, inputs, labels, torch.float64, ours=True)
+    b = results(head, theirs, inputs, labels, torch.float64, ours=False)
+    assert max((a[k] - b[k]).abs().max().item() for k in b if k in a and "grad" not in k) > 1e-6
