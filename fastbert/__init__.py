@@ -1,10 +1,38 @@
-"""fastbert: BERT-class encoders on packed batches, without padding."""
+"""fastbert: BERT-class encoders on packed batches, without padding.
 
-from fastbert import models
-from fastbert.models import *  # noqa: F403  (models.__all__ is the list of families and heads)
-from fastbert.ops import use_backend
-from fastbert.packing import PackedBatch, pack, pack_padded
+Names are imported on first use, so that `import fastbert` and the command line start without loading torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastbert.embedder import Embedder
+    from fastbert.models import *  # noqa: F403
+    from fastbert.ops import use_backend
+    from fastbert.packing import PackedBatch, pack, pack_padded
 
 __version__ = "0.1.0"
 
-__all__ = [*models.__all__, "PackedBatch", "pack", "pack_padded", "use_backend"]
+# Where each name lives; what is not listed is looked for in fastbert.models, the families and heads.
+_HOMES = {
+    "Embedder": "embedder",
+    "PackedBatch": "packing",
+    "pack": "packing",
+    "pack_padded": "packing",
+    "use_backend": "ops",
+}
+
+__all__ = ["Embedder", "PackedBatch", "pack", "pack_padded", "use_backend"]
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return getattr(import_module(f"fastbert.{_HOMES.get(name, 'models')}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES, *import_module("fastbert.models").__all__])

@@ -1,10 +1,259 @@
-"""Loads the C++ extension and offers it as the native backend."""
+"""The native backend: loads the C++ extension on first use, allocates outputs, and lets `_C` check and compute.
+
+It knows nothing of autograd or of the reference. Parameters of norms and biases go to the kernels as fp32, and their
+gradients come back in their own dtype.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import os
+from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
+
 import torch
+from torch import Tensor
+
+_FLOATS = (torch.float32, torch.bfloat16)
+_DTYPES = {
+    "embed": _FLOATS,
+    "attention": _FLOATS,
+    "add_layer_norm": _FLOATS,
+    "gelu": _FLOATS,
+    "pool": _FLOATS,
+    "cross_entropy": _FLOATS,
+    "plan_mask": (torch.bool,),
+    "plan_batches": (torch.int64,),
+    "plan_concat": (torch.int64,),
+}
+
+
+@cache
+def available() -> bool:
+    """Whether the extension was built. One that is there but does not load is an error in `require`, not an absence."""
+    return importlib.util.find_spec("fastbert._C") is not None
+
+
+@cache
+def require() -> ModuleType:
+    """The extension module.
+
+    Raises:
+        ImportError: it was not built (with the command that builds it), or it does not load.
+        ValueError: FASTBERT_ISA names an instruction set that this CPU does not offer.
+    """
+    if not available():
+        raise ImportError(
+            "fastbert was installed without its native kernels: with a C++17 compiler at hand, run `pip install .` "
+            "(or `pip install -e .`) in the source tree, without FASTBERT_NATIVE=0"
+        )
+    extension = importlib.import_module("fastbert._C")
+    wanted = os.environ.get("FASTBERT_ISA")
+    if wanted:
+        try:
+            extension.set_isa(wanted)
+        except ValueError as error:
+            raise ValueError(f"FASTBERT_ISA={wanted}: {error}") from None
+    return extension
+
+
+def isa() -> str:
+    """The instruction set in use: `portable`, `avx2` or `avx512`; FASTBERT_ISA chooses, by default the best one."""
+    return require().isa()
 
 
 def supports(op: str, device_type: str, dtype: torch.dtype) -> bool:
     """Whether this backend computes `op` on that device and dtype."""
-    return False
+    return device_type == "cpu" and dtype in _DTYPES.get(op, ()) and available()
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[:-1].numel(), dtype=torch.float32)
+
+
+def _parameter(x: Tensor) -> Tensor:
+    return x.float().contiguous()
+
+
+def _ids(*ids: Tensor | None) -> list[Tensor | None]:
+    return [None if i is None else i.contiguous() for i in ids]
+
+
+def gelu_fwd(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
+    """See `fastbert.ops.gelu`."""
+    y = torch.empty_like(x)
+    require().gelu_fwd(x, None if bias is None else _parameter(bias), y, approximate == "tanh")
+    return y
+
+
+def gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str) -> tuple[Tensor, Tensor | None]:
+    """dx and, with a bias, dbias."""
+    dx = torch.empty_like(x)
+    if bias is None:
+        require().gelu_bwd(dy, x, None, dx, None, approximate == "tanh")
+        return dx, None
+    wide = _parameter(bias)
+    dbias = torch.empty_like(wide)
+    require().gelu_bwd(dy, x, wide, dx, dbias, approximate == "tanh")
+    return dx, dbias.to(bias.dtype)
+
+
+def add_layer_norm_fwd(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dropout_p: float, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, and mean and 1/std (fp32) of each row."""
+    y, mean, rstd = torch.empty_like(x), _rows(x), _rows(x)
+    require().add_layer_norm_fwd(x, residual, _parameter(weight), _parameter(bias), y, mean, rstd, eps, dropout_p, seed)
+    return y, mean, rstd
+
+
+def add_layer_norm_bwd(
+    dy: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    dropout_p: float,
+    seed: int,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """dx, dresidual, dweight, dbias. Without dropout dx and dresidual are one tensor: they are equal."""
+    dx = torch.empty_like(x)
+    dresidual = torch.empty_like(x) if residual is not None and dropout_p > 0.0 else None
+    wide = _parameter(weight)
+    dweight, dbias = torch.empty_like(wide), torch.empty_like(wide)
+    require().add_layer_norm_bwd(dy, x, residual, wide, mean, rstd, dx, dresidual, dweight, dbias, dropout_p, seed)
+    if residual is not None and dresidual is None:
+        dresidual = dx
+    return dx, dresidual, dweight.to(weight.dtype), dbias.to(weight.dtype)
+
+
+def embed_fwd(
+    input_ids: Tensor,
+    position_ids: Tensor,
+    type_ids: Tensor | None,
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dropout_p: float,
+    seed: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, and mean and 1/std (fp32) of each row."""
+    y = word.new_empty(input_ids.shape[0], word.shape[1])
+    mean, rstd = _rows(y), _rows(y)
+    tables = (*_ids(input_ids, position_ids, type_ids), word, position, token_type)
+    require().embed_fwd(*tables, _parameter(weight), _parameter(bias), y, mean, rstd, eps, dropout_p, seed)
+    return y, mean, rstd
+
+
+def embed_bwd(
+    dy: Tensor,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    type_ids: Tensor | None,
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor | None,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    padding_idx: int | None,
+    dropout_p: float,
+    seed: int,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    """dword, dposition, dtoken_type (dense), dweight, dbias. Tables sum in fp32 and are rounded once."""
+    tables = (word, position, token_type)
+    dword, dposition, dtoken_type = (None if t is None else torch.zeros_like(t, dtype=torch.float32) for t in tables)
+    wide = _parameter(weight)
+    dweight, dbias = torch.empty_like(wide), torch.empty_like(wide)
+    skipped = -1 if padding_idx is None else padding_idx % word.shape[0]  # torch counts a negative one from the end
+    require().embed_bwd(
+        dy, *_ids(input_ids, position_ids, type_ids), *tables, wide, mean, rstd, dword, dposition, dtoken_type,
+        dweight, dbias, skipped, dropout_p, seed,
+    )  # fmt: skip
+    grads = (None if d is None else d.to(word.dtype) for d in (dword, dposition, dtoken_type))
+    return *grads, dweight.to(weight.dtype), dbias.to(weight.dtype)  # type: ignore[return-value]
+
+
+def attention_fwd(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, dropout_p: float, seed: int
+) -> tuple[Tensor, Tensor]:
+    """out (T, H, K), and the log-sum-exp (T, H) fp32 of the scaled scores."""
+    T, _, H, K = qkv.shape
+    out, lse = qkv.new_empty(T, H, K), qkv.new_empty(T, H, dtype=torch.float32)
+    require().attention_fwd(qkv, cu_seqlens.contiguous(), out, lse, max_seqlen, scale, dropout_p, seed)
+    return out, lse
+
+
+def attention_bwd(
+    dout: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    dropout_p: float,
+    seed: int,
+) -> Tensor:
+    """dqkv (T, 3, H, K)."""
+    dqkv = torch.empty_like(qkv)
+    require().attention_bwd(dout, qkv, out, lse, cu_seqlens.contiguous(), dqkv, max_seqlen, scale, dropout_p, seed)
+    return dqkv
+
+
+def pool_fwd(hidden: Tensor, cu_seqlens: Tensor, mode: str) -> tuple[Tensor, Tensor | None]:
+    """out (S, D) and, for max, the token (S, D) int32 of each maximum (the first of equals), -1 if there is none."""
+    out = hidden.new_empty(cu_seqlens.numel() - 1, hidden.shape[1])
+    argmax = torch.empty_like(out, dtype=torch.int32) if mode == "max" else None
+    require().pool_fwd(hidden, cu_seqlens.contiguous(), out, argmax, mode)
+    return out, argmax
+
+
+def pool_bwd(dout: Tensor, cu_seqlens: Tensor, mode: str, num_tokens: int, argmax: Tensor | None) -> Tensor:
+    """dhidden (T, D)."""
+    dhidden = dout.new_empty(num_tokens, dout.shape[1])
+    require().pool_bwd(dout, cu_seqlens.contiguous(), argmax, dhidden, mode)
+    return dhidden
+
+
+def cross_entropy_fwd(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Loss (M) fp32 and log-sum-exp (M) fp64 of each row; the loss of an ignored row is 0."""
+    losses, lse = _rows(logits), logits.new_empty(logits.shape[0], dtype=torch.float64)
+    require().cross_entropy_fwd(logits, labels, losses, lse, ignore_index)
+    return losses, lse
+
+
+def cross_entropy_bwd(scale: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, ignore_index: int) -> Tensor:
+    """dlogits (M, V); `scale` () fp32 is the gradient of each labelled row's loss."""
+    dlogits = torch.empty_like(logits)
+    require().cross_entropy_bwd(scale, logits, labels, lse, dlogits, ignore_index)
+    return dlogits
+
+
+def plan_mask_fwd(mask: Tensor) -> tuple[Tensor, Tensor, int]:
+    """See `fastbert.ops.plan_mask`."""
+    cu_seqlens = torch.empty(mask.shape[0] + 1, dtype=torch.int32)
+    num_tokens, max_seqlen = require().mask_lengths(mask, cu_seqlens)
+    indices = torch.empty(num_tokens, dtype=torch.int64)
+    require().mask_indices(mask, indices)
+    return indices, cu_seqlens, max_seqlen
+
+
+def plan_batches_fwd(lengths: Tensor, budget_tokens: int, max_sequences: int | None) -> tuple[Tensor, list[int]]:
+    """See `fastbert.ops.plan_batches`."""
+    order = torch.empty_like(lengths)
+    bounds = require().batches(lengths, order, budget_tokens, -1 if max_sequences is None else max_sequences)
+    return order, bounds
+
+
+def plan_concat_fwd(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor, int]:
+    """See `fastbert.ops.plan_concat`. Anything with `__index__` is an int; one past 64 bits raises OverflowError."""
+    num_tokens = sum(map(len, sequences))
+    ids, positions = torch.empty(2, num_tokens, dtype=torch.int64)
+    cu_seqlens = torch.empty(len(sequences) + 1, dtype=torch.int32)
+    return ids, positions, cu_seqlens, require().concat(sequences, ids, positions, cu_seqlens)

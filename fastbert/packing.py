@@ -134,30 +134,64 @@ def pack(
 
 
 def keep_mask(attention_mask: torch.Tensor | None, shape: tuple[int, int], device: torch.device) -> torch.Tensor:
-    """The Hugging Face 2D attention mask as a (B, L) bool mask, True = keep.
+    """A Hugging Face attention mask as a (B, L) bool mask, True = keep.
 
     Args:
-        attention_mask: (B, L) bool, integer or float, non-zero = keep; None = keep all.
+        attention_mask: (B, L) or (B, L, L), bool, integer or float, non-zero = keep; (B, 1, 1 or L, L) bool, or
+            float and additive: 0 = keep, a huge negative number = drop. None = keep all.
         shape: (B, L) of the input it belongs to.
 
     Raises:
-        ValueError: another shape, or an additive mask (values below zero), with what to pass instead.
+        ValueError: another shape or dtype; values that are neither keep nor drop; a mask that lets tokens of one
+            sequence see different keys, such as a causal one: a packed encoder cannot honour it.
     """
     if attention_mask is None:
         return torch.ones(shape, dtype=torch.bool, device=device)
-    if tuple(attention_mask.shape) != shape:
+    B, L = shape
+    allowed = [(B, L), (B, L, L), (B, 1, 1, L), (B, 1, L, L)]
+    if tuple(attention_mask.shape) not in allowed:
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)} but the input has shape {shape}: "
             "pass one (batch, length) mask with 1 for tokens and 0 for padding"
         )
-    if attention_mask.is_complex():
-        raise ValueError(f"attention_mask has dtype {attention_mask.dtype}: pass bool, integer or float 1/0")
-    if attention_mask.dtype != torch.bool and attention_mask.device.type == "cpu" and bool((attention_mask < 0).any()):
+    mask = attention_mask.to(device)
+    if mask.ndim == 4:
+        return _same_for_all_queries(_keep_4d(mask)[:, 0])
+    if mask.is_complex():
+        raise ValueError(f"attention_mask has dtype {mask.dtype}: pass bool, integer or float 1/0")
+    if mask.dtype != torch.bool and device.type == "cpu" and bool((mask < 0).any()):
         raise ValueError(
             "attention_mask has negative values, so it looks additive (0 keep, -inf drop): "
             "pass 1 for tokens and 0 for padding"
         )
-    return attention_mask.to(device) != 0
+    return mask != 0 if mask.ndim == 2 else _same_for_all_queries(mask != 0)
+
+
+def _keep_4d(mask: torch.Tensor) -> torch.Tensor:
+    if mask.dtype == torch.bool:
+        return mask
+    if not mask.is_floating_point():
+        raise ValueError(f"a 4D attention_mask must be bool, or float and additive; it has dtype {mask.dtype}")
+    keep = mask == 0
+    if not bool((keep | (mask <= -1e4)).all()):
+        raise ValueError(
+            "a 4D float attention_mask is added to the scores: 0 keeps, finfo.min or -inf drops. "
+            "It has other values, which a packed encoder cannot add"
+        )
+    return keep
+
+
+def _same_for_all_queries(keep: torch.Tensor) -> torch.Tensor:
+    """(B, Q, L) -> (B, L), if every kept token of a row sees the same keys."""
+    if keep.shape[1] == 1:
+        return keep[:, 0]
+    keys = keep.any(dim=1)
+    if not bool(((keep == keys[:, None]).all(dim=2) | ~keys).all()):
+        raise ValueError(
+            "attention_mask lets the tokens of a row see different keys (causal, or several sequences in a row): "
+            "this encoder cannot honour it. Give each sequence a row of its own"
+        )
+    return keys
 
 
 def pack_padded(
@@ -171,6 +205,7 @@ def pack_padded(
     Args:
         input_ids: (B, L) integer.
         attention_mask: (B, L), non-zero = keep, any pattern (left, right, holes, rows without a token); None = all.
+            3D and 4D masks as `keep_mask` takes them.
         token_type_ids: (B, L) or None.
         position_ids: (B, L), (1, L) or (L); None = the column, as Hugging Face counts under any mask.
 

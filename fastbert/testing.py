@@ -45,9 +45,7 @@ def assert_within_budget(
     exact = torch.where(finite, exact, 0.0)
     error, allowed = ((torch.where(finite, x.double(), 0.0) - exact).abs().max().item() for x in (ours, same))
     budget = factor * allowed + torch.finfo(ours.dtype).eps * exact.abs().max().item()
-    assert error <= budget, (
-        f"{what}: error {error:.3e} > budget {budget:.3e} ({factor} x reference {allowed:.3e})"
-    )
+    assert error <= budget, f"{what}: error {error:.3e} > budget {budget:.3e} ({factor} x reference {allowed:.3e})"
 
 
 @dataclass(frozen=True)
@@ -78,13 +76,16 @@ class Case:
 REFERENCES: dict[str, Callable[..., torch.Tensor]] = {
     "add_layer_norm": add_layer_norm_ref,
     "attention": attention_ref,
+    "attention_rel_bias": attention_ref,
     "cross_entropy": cross_entropy_ref,
     "embed": embed_ref,
     "gelu": gelu_ref,
     "pool": pool_ref,
 }
 
-PUBLIC: dict[str, Callable[..., torch.Tensor]] = {name: getattr(ops, name) for name in REFERENCES}
+PUBLIC: dict[str, Callable[..., torch.Tensor]] = {
+    name: getattr(ops, name.removesuffix("_rel_bias")) for name in REFERENCES
+}
 
 
 def widen(inputs: Mapping[str, Any]) -> Inputs:
@@ -181,6 +182,11 @@ def _attention(lengths: list[int], H: int, K: int, *, p: float = 0.0, scale: flo
     }
 
 
+def _attention_rel_bias(lengths: list[int], H: int, K: int, R: int, *, p: float = 0.0) -> Callable[..., Inputs]:
+    plain = _attention(lengths, H, K, p=p)
+    return lambda g: {**plain(g), "rel_bias": _normal(g, H, 2 * R - 1)}
+
+
 def _pool(lengths: list[int], D: int, mode: str) -> Callable[..., Inputs]:
     return lambda g: {"hidden": _normal(g, sum(lengths), D), "cu_seqlens": cu_seqlens_of(lengths), "mode": mode}
 
@@ -224,10 +230,33 @@ CASES: list[Case] = [
     Case("attention", "dropout", _attention(_RAGGED, 3, 8, p=0.2)),
     Case("attention", "large_scores", _attention([33, 4], 2, 32, scale=12.0)),
     Case("attention", "bert_base", _attention([128, 7, 40], 12, 64)),
+    Case("attention_rel_bias", "one_token", _attention_rel_bias([1], 1, 8, 1)),
+    Case("attention_rel_bias", "ragged", _attention_rel_bias(_RAGGED, 3, 5, 9)),
+    Case("attention_rel_bias", "equal_runs", _attention_rel_bias([8, 8, 8, 3, 3, 8], 2, 16, 64)),
+    *(Case("attention_rel_bias", f"length_{n}", _attention_rel_bias([n, 2], 2, 32, 64)) for n in (63, 64, 65)),
+    Case("attention_rel_bias", "dropout", _attention_rel_bias(_RAGGED, 3, 8, 9, p=0.2)),
+    Case("attention_rel_bias", "mpnet_base", _attention_rel_bias([140, 7, 40], 12, 64, 128)),
     *(Case("pool", f"ragged_{mode}", _pool(_RAGGED, 13, mode)) for mode in MODES),
     *(Case("pool", f"bert_base_{mode}", _pool([128, 7, 40], 768, mode)) for mode in ("mean", "max")),
     Case("cross_entropy", "one_row", _cross_entropy(1, 7)),
     Case("cross_entropy", "ragged", _cross_entropy(37, 131, ignored=9)),
     Case("cross_entropy", "large_logits", _cross_entropy(5, 64, scale=80.0)),
     Case("cross_entropy", "bert_base", _cross_entropy(19, 30522, ignored=3)),
+]
+
+_MIX = [8, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128, 256]  # query, sentence and passage lengths: 744 tokens
+
+# What benchmarks time: MiniLM's and BERT-base's shapes on mixed lengths.
+BENCHMARK_CASES: list[Case] = [
+    Case("embed", "minilm_mix", _embed(sum(_MIX), 384)),
+    Case("attention", "minilm_mix", _attention(_MIX, 12, 32)),
+    Case("attention", "minilm_short", _attention([16] * 64, 12, 32)),
+    Case("attention", "bert_base_mix", _attention(_MIX, 12, 64)),
+    Case("attention", "bert_base_512", _attention([512] * 2, 12, 64)),
+    Case("add_layer_norm", "minilm_mix", _add_layer_norm(sum(_MIX), 384)),
+    Case("add_layer_norm", "bert_base_dropout", _add_layer_norm(sum(_MIX), 768, p=0.1)),
+    Case("gelu", "minilm_mix", _gelu(sum(_MIX), 1536)),
+    Case("gelu", "bert_base_tanh", _gelu(sum(_MIX), 3072, approximate="tanh")),
+    *(Case("pool", f"minilm_{mode}", _pool(_MIX, 384, mode)) for mode in ("mean", "cls", "max")),
+    Case("cross_entropy", "bert_base", _cross_entropy(110, 30522)),
 ]

@@ -11,6 +11,7 @@ import transformers
 from torch.nn.functional import cross_entropy as ce
 
 import fastbert
+from fastbert.models.activations import activation
 from fastbert.testing import GRADIENT_FACTOR, assert_within_budget
 
 SMALL = {
@@ -59,6 +60,21 @@ COMMON = {
     "QuestionAnswering": "span",
     "MultipleChoice": "choice",
 }
+ROBERTA = SMALL | {"max_position_embeddings": 42, "type_vocab_size": 1, "layer_norm_eps": 1e-5, "pad_token_id": 1}
+DISTILBERT = {
+    "vocab_size": 97,
+    "dim": 48,
+    "n_layers": 2,
+    "n_heads": 4,
+    "hidden_dim": 80,
+    "max_position_embeddings": 40,
+    "initializer_range": 0.1,
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+    "qa_dropout": 0.0,
+    "seq_classif_dropout": 0.0,
+}
+ELECTRA = SMALL | {"embedding_size": 20, "summary_last_dropout": 0.0}
 MULTI = SMALL | {"num_labels": N, "problem_type": "multi_label_classification"}
 
 HEADS = [
@@ -66,6 +82,17 @@ HEADS = [
     Head("BertForSequenceClassification", "regression", SMALL | {"num_labels": 1}, "-regression"),
     Head("BertForSequenceClassification", "multi", MULTI, "-multi"),
     Head("BertForMaskedLM", "tokens", SMALL | {"tie_word_embeddings": False}, "-untied"),
+    *_heads("Roberta", ROBERTA, COMMON),
+    *_heads("XLMRoberta", ROBERTA, COMMON),
+    *_heads("Camembert", ROBERTA, COMMON),
+    Head("RobertaForMaskedLM", "tokens", ROBERTA | {"hidden_act": "relu"}, "-relu"),
+    *_heads("DistilBert", DISTILBERT, COMMON),
+    Head("DistilBertForMaskedLM", "tokens", DISTILBERT | {"activation": "relu"}, "-relu"),
+    *_heads("Electra", ELECTRA, COMMON | {"PreTraining": "replaced"}),
+    Head("ElectraForMaskedLM", "tokens", ELECTRA | {"hidden_act": "relu", "tie_word_embeddings": False}, "-relu-untied"),
+    Head("ElectraForPreTraining", "replaced", ELECTRA | {"hidden_act": "relu"}, "-relu"),
+    Head("ElectraForMultipleChoice", "choice", ELECTRA | {"summary_activation": "tanh"}, "-tanh"),
+    Head("ElectraForMultipleChoice", "choice", ELECTRA | {"summary_use_proj": False}, "-bare"),
 ]
 heads = pytest.mark.parametrize("head", HEADS, ids=str)
 
@@ -80,7 +107,10 @@ def inputs_of(head: Head, seed: int) -> tuple[dict[str, torch.Tensor], dict[str,
     mask[1] = (torch.rand(L, generator=g) > 0.4).long()
     mask[:, 0] = 1
     inputs = {"input_ids": ids, "attention_mask": mask}
-    if head.config.get("type_vocab_size", 2) == 2 and "type_vocab_size" not in head.config.get("absent", ()):
+    if "pad_token_id" in head.config:  # families that count positions from it: at padding, and once where it is kept
+        ids[mask == 0] = head.config["pad_token_id"]
+        ids[0, 0] = head.config["pad_token_id"]
+    if head.config.get("type_vocab_size", 2) == 2:
         inputs["token_type_ids"] = torch.randint(0, 2, shape, generator=g)
     if choices > 1:
         inputs = {k: v.view(B, choices, L) for k, v in inputs.items()}
@@ -95,6 +125,7 @@ def inputs_of(head: Head, seed: int) -> tuple[dict[str, torch.Tensor], dict[str,
         "token_class": lambda: {"labels": torch.where(kept, torch.randint(0, 2, shape, generator=g), -100)},
         "span": lambda: {"start_positions": torch.zeros(B).long(), "end_positions": torch.tensor([0, 1, 0, 99, 0])},
         "choice": lambda: {"labels": torch.randint(0, 2, (B,), generator=g)},
+        "replaced": lambda: {"labels": torch.randint(0, 2, shape, generator=g)},
         "pretraining": lambda: {"labels": tokens, "next_sentence_label": torch.randint(0, 2, (B,), generator=g)},
     }[head.labels]()
     return inputs, labels
@@ -290,6 +321,26 @@ def _labels_shifted(ours):
     ours.forward = lambda labels, **rest: forward(labels=labels.roll(1, dims=1), **rest)
 
 
+def _classifier_without_tanh(ours):
+    ours.classifier.act = torch.relu
+
+
+def _tanh_gelu_in_the_classifier(ours):
+    ours.classifier.act = activation("gelu_new")
+
+
+def _positions_from_zero(ours):
+    ours.base_model.padded_positions = lambda ids, shape: None
+
+
+def _relu_skipped(ours):
+    ours.pre_classifier = torch.nn.Sequential(ours.pre_classifier, torch.nn.Softplus())
+
+
+def _act_of_the_config(ours):
+    ours.lm_head.forward = lambda h: ours.lm_head.decoder(ours.lm_head.layer_norm(torch.relu(ours.lm_head.dense(h))))
+
+
 @pytest.mark.parametrize(
     ("name", "mutate"),
     [
@@ -299,6 +350,13 @@ def _labels_shifted(ours):
         ("BertForNextSentencePrediction", _last_token_pooled),
         ("BertForMultipleChoice", _last_token_pooled),
         ("BertForTokenClassification", _labels_shifted),
+        ("RobertaForSequenceClassification", _classifier_without_tanh),
+        ("RobertaForTokenClassification", _positions_from_zero),
+        ("RobertaForMaskedLM", _act_of_the_config),
+        ("DistilBertForSequenceClassification", _relu_skipped),
+        ("DistilBertForMultipleChoice", _relu_skipped),
+        ("ElectraForSequenceClassification", _tanh_gelu_in_the_classifier),
+        ("ElectraForPreTraining", _labels_shifted),
     ],
 )
 def test_mutant_fails(name, mutate, tmp_path):

@@ -26,16 +26,30 @@ SMALL = {
     "max_position_embeddings": 40,
     "initializer_range": 0.1,  # Hugging Face's 0.02 hides a wrong GELU or eps
 }
+ROBERTA = SMALL | {"max_position_embeddings": 42, "type_vocab_size": 1, "layer_norm_eps": 1e-5, "pad_token_id": 1}
+MPNET = SMALL | {"max_position_embeddings": 42, "layer_norm_eps": 1e-5, "pad_token_id": 1}
+ALBERT = SMALL | {"embedding_size": 20}
+DISTILBERT = {
+    "vocab_size": 97,
+    "dim": 48,
+    "n_layers": 3,
+    "n_heads": 4,
+    "hidden_dim": 80,
+    "max_position_embeddings": 40,
+    "initializer_range": 0.1,
+    "sinusoidal_pos_embds": True,
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A row: our class and Hugging Face's, and the configuration of a small model."""
+    """A row: our class and Hugging Face's, the configuration of a small model, may masks drop tokens between others."""
 
     name: str
     ours: type
     theirs: type
     config: dict
+    holes: bool = True
 
     def __str__(self):
         return self.name
@@ -47,6 +61,21 @@ FAMILIES = [
     Family(
         "bert-relu-odd", fastbert.BertModel, transformers.BertModel, SMALL | {"hidden_act": "relu", "hidden_size": 36}
     ),
+    Family("roberta", fastbert.RobertaModel, transformers.RobertaModel, ROBERTA),
+    Family("roberta-no-padding-ids", fastbert.RobertaModel, transformers.RobertaModel, SMALL),
+    Family("xlm-roberta", fastbert.XLMRobertaModel, transformers.XLMRobertaModel, ROBERTA),
+    Family("camembert", fastbert.CamembertModel, transformers.CamembertModel, ROBERTA),
+    Family("distilbert", fastbert.DistilBertModel, transformers.DistilBertModel, DISTILBERT),
+    Family("electra", fastbert.ElectraModel, transformers.ElectraModel, SMALL | {"embedding_size": 20}),
+    Family("mpnet", fastbert.MPNetModel, transformers.MPNetModel, MPNET, holes=False),
+    Family("albert", fastbert.AlbertModel, transformers.AlbertModel, ALBERT),
+    Family(
+        "albert-groups",
+        fastbert.AlbertModel,
+        transformers.AlbertModel,
+        ALBERT | {"num_hidden_groups": 2, "inner_group_num": 2},
+    ),
+    Family("electra-square", fastbert.ElectraModel, transformers.ElectraModel, SMALL | {"embedding_size": 48}),
 ]
 families = pytest.mark.parametrize("family", FAMILIES, ids=str)
 
@@ -82,12 +111,25 @@ def ragged_inputs(vocab: int, seed: int = 0, length: int = 24) -> dict[str, torc
     return {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.randint(0, 2, ids.shape, generator=g)}
 
 
+def inputs_of(family: Family, seed: int = 0) -> dict[str, torch.Tensor]:
+    """`ragged_inputs`; a row that names its padding id has it at padding, and once more as a token that is kept."""
+    inputs = ragged_inputs(family.config["vocab_size"], seed)
+    if not family.holes:
+        inputs["attention_mask"][2] = (torch.arange(24) - 12).abs() < 7  # padding on both sides
+    if "pad_token_id" in family.config:
+        inputs["input_ids"][inputs["attention_mask"] == 0] = family.config["pad_token_id"]
+        inputs["input_ids"][4, 5] = family.config["pad_token_id"]
+    if family.config.get("type_vocab_size", 2) == 1:
+        del inputs["token_type_ids"]
+    return inputs
+
+
 def hidden_and_pooled(model, inputs) -> list[torch.Tensor]:
     with torch.no_grad():
         out = model(**inputs, output_hidden_states=True)
     kept = inputs["attention_mask"].bool()
     first = inputs["attention_mask"][:, 0].bool()  # HF pools column 0 even where it is padding
-    pooled = [] if out.pooler_output is None else [out.pooler_output[first]]
+    pooled = [out.pooler_output[first]] if "pooler_output" in out else []
     return [h[kept] for h in out.hidden_states] + pooled
 
 
@@ -103,22 +145,26 @@ def assert_parity(ours, theirs, inputs, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_hidden_states_within_budget(family, dtype, attention, seed, tmp_path):
+    if attention == "sdpa" and not family.theirs._supports_sdpa:
+        pytest.skip(f"Hugging Face computes {family} only eagerly")
     ours, theirs = pair(family, tmp_path, seed, attention=attention)
     theirs = theirs.to(dtype)  # both sides start from the same rounded weights
-    assert_parity(ours, theirs, ragged_inputs(family.config["vocab_size"], seed), dtype)
+    assert_parity(ours, theirs, inputs_of(family, seed), dtype)
 
 
 @families
 def test_wiring_and_gradients_in_fp64(family, tmp_path):
     ours, theirs = pair(family, tmp_path)
     ours, theirs = ours.double(), theirs.double()
-    inputs = ragged_inputs(family.config["vocab_size"])
+    inputs = inputs_of(family)
     kept = inputs["attention_mask"].bool()
     weight = torch.randn(*kept.shape, ours.config.hidden_size, generator=torch.Generator().manual_seed(1)).double()
     grads = []
     for model in (ours, theirs):
         out = model(**inputs)
-        loss = (out.last_hidden_state * weight)[kept].sum() + out.pooler_output[kept[:, 0]].pow(2).sum()
+        loss = (out.last_hidden_state * weight)[kept].sum()
+        if "pooler_output" in out:
+            loss = loss + out.pooler_output[kept[:, 0]].pow(2).sum()
         loss.backward()
         state = {k: p.grad for k, p in model.named_parameters()}
         grads.append((loss.item(), state))
@@ -197,21 +243,68 @@ def _heads_interleaved(ours, monkeypatch):
             weight.copy_(torch.stack([q, k, v], 1).flatten(0, 1))
 
 
+def _positions_from_zero(ours, monkeypatch):
+    monkeypatch.setattr(ours, "padded_positions", lambda ids, shape: None)
+
+
+def _padding_counted(ours, monkeypatch):
+    monkeypatch.setattr(ours, "padded_positions", lambda ids, shape: torch.arange(shape[1]) + ours.position_offset)
+
+
+def _projection_skipped(ours, monkeypatch):
+    pad = torch.nn.ZeroPad1d((0, ours.config.hidden_size - ours.config.embedding_size))
+    monkeypatch.setattr(ours, "embeddings_project", pad)
+
+
+def _bias_dropped(ours, monkeypatch):
+    torch.nn.init.zeros_(ours.encoder.relative_attention_bias.weight)
+
+
+def _bias_transposed(ours, monkeypatch):
+    with torch.no_grad():
+        table = ours.encoder.relative_attention_bias.weight
+        table.copy_(table.roll(16, dims=0))  # the halves for keys ahead and behind change places
+
+
+def _erf_for_tanh(ours, monkeypatch):
+    for group in ours.encoder.albert_layer_groups:
+        for layer in group.albert_layers:
+            layer.feed_forward.act = encoder_module.activation("gelu")
+
+
+def _groups_in_turn(ours, monkeypatch):
+    assert ours.encoder.group_of_layer == [0, 0, 1]
+    ours.encoder.group_of_layer = [0, 1, 0]
+
+
 @pytest.mark.parametrize(
-    "mutate",
+    ("name", "mutate"),
     [
-        _mask_dropped,
-        _eps_changed,
-        _tanh_for_erf,
-        _boundary_off_by_one,
-        _positions_from_the_mask,
-        _segments_ignored,
-        _heads_interleaved,
+        ("bert", _mask_dropped),
+        ("bert", _eps_changed),
+        ("bert", _tanh_for_erf),
+        ("bert", _boundary_off_by_one),
+        ("bert", _positions_from_the_mask),
+        ("bert", _segments_ignored),
+        ("bert", _heads_interleaved),
+        ("mpnet", _bias_dropped),
+        ("mpnet", _bias_transposed),
+        ("mpnet", _positions_from_zero),
+        ("mpnet", _padding_counted),
+        ("albert", _erf_for_tanh),
+        ("albert-groups", _groups_in_turn),
+        ("roberta", _positions_from_zero),
+        ("roberta", _padding_counted),
+        ("distilbert", _eps_changed),
+        ("distilbert", _tanh_for_erf),
+        ("electra", _tanh_for_erf),
+        ("electra", _projection_skipped),
     ],
 )
-def test_mutant_fails(mutate, tmp_path, monkeypatch):
-    ours, theirs = pair(FAMILIES[0], tmp_path)
-    inputs = ragged_inputs(SMALL["vocab_size"])
+def test_mutant_fails(name, mutate, tmp_path, monkeypatch):
+    family = next(f for f in FAMILIES if f.name == name)
+    ours, theirs = pair(family, tmp_path)
+    inputs = inputs_of(family)
     assert_parity(ours, theirs, inputs, torch.float32)
     theirs.float()
     mutate(ours, monkeypatch)
@@ -226,7 +319,7 @@ def test_mutant_fails(mutate, tmp_path, monkeypatch):
 def test_names_outputs_and_order(family, tmp_path):
     ours, theirs = pair(family, tmp_path)
     assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
-    inputs = ragged_inputs(family.config["vocab_size"])
+    inputs = inputs_of(family)
     with torch.no_grad():
         a = ours(**inputs, output_hidden_states=True, output_attentions=True)
         b = theirs(**inputs, output_hidden_states=True, output_attentions=True)
@@ -238,12 +331,12 @@ def test_names_outputs_and_order(family, tmp_path):
     square = kept[:, None, :, None] & kept[:, None, None, :]
     for x, y in zip(a.attentions, b.attentions, strict=True):
         torch.testing.assert_close(x, torch.where(square, y, 0.0), rtol=0, atol=1e-6)
-    as_tuple = ours(**inputs, return_dict=False)
+    plain, as_tuple = ours(**inputs), ours(**inputs, return_dict=False)
     assert isinstance(as_tuple, tuple)
-    assert torch.equal(as_tuple[0], a[0])
-    assert torch.equal(as_tuple[1], a[1])
+    assert all(torch.equal(x, y) for x, y in zip(as_tuple, plain.values(), strict=True))
+    assert hasattr(plain, "pooler_output") == hasattr(b, "pooler_output")
     some = ours(**inputs, output_hidden_states=[-1]).hidden_states
-    assert [h is None for h in some] == [True] * 3 + [False]
+    assert [h is None for h in some] == [True] * (len(a.hidden_states) - 1) + [False]
     assert pickle.loads(pickle.dumps(a)).keys() == a.keys()
 
 

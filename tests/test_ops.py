@@ -53,6 +53,19 @@ def _sdpa(qkv, cu_seqlens, max_seqlen, dropout_p=0.0, seed=0):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(0, 1)
 
 
+def _sdpa_rel_bias(qkv, cu_seqlens, max_seqlen, rel_bias, dropout_p=0.0, seed=0):
+    """The same with a dense additive mask, filled one diagonal after the other."""
+    T, R = qkv.shape[0], (rel_bias.shape[1] + 1) // 2
+    rows = []
+    for start, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
+        for i in range(start, end):
+            near = [rel_bias[:, max(0, min(2 * R - 2, j - i + R - 1))] for j in range(start, end)]
+            row = torch.stack(near, 1)
+            rows.append(F.pad(row, (start, T - end), value=-math.inf))
+    q, k, v = qkv.permute(1, 2, 0, 3)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=torch.stack(rows, 1)).transpose(0, 1)
+
+
 def _pool_loop(hidden, cu_seqlens, mode):
     rows = []
     for x in hidden.split(cu_seqlens.diff().tolist()):
@@ -88,6 +101,7 @@ INDEPENDENT = {
     ),
     "embed": _nn_embed,
     "attention": _sdpa,
+    "attention_rel_bias": _sdpa_rel_bias,
     "pool": _pool_loop,
     "cross_entropy": lambda logits, labels: (
         torch.logsumexp(logits, 1)[labels != -100]
@@ -136,6 +150,19 @@ def _unscaled(qkv, cu_seqlens, max_seqlen, **rest):
     return attention_ref(qkv, cu_seqlens, max_seqlen, scale=1.0, **rest)
 
 
+def _offset_of_the_query(rel_bias, **rest):
+    return attention_ref(rel_bias=rel_bias.flip(1), **rest)
+
+
+def _clamped_one_early(rel_bias, **rest):
+    ends = [rel_bias[:, 1:2], rel_bias[:, 1:-1], rel_bias[:, -2:-1]]
+    return attention_ref(rel_bias=torch.cat(ends, 1), **rest)
+
+
+def _bias_scaled_too(rel_bias, qkv, **rest):
+    return attention_ref(qkv=qkv, rel_bias=rel_bias * qkv.shape[-1] ** -0.5, **rest)
+
+
 def _types_ignored(token_type, **rest):
     return embed_ref(token_type=token_type * 0, **rest)
 
@@ -164,6 +191,10 @@ def _mean_over_all_rows(logits, labels):
         ("attention-ragged", _boundary_off_by_one),
         ("attention-equal_runs", _one_sequence),
         ("attention-bert_base", _unscaled),
+        ("attention_rel_bias-ragged", _offset_of_the_query),
+        ("attention_rel_bias-ragged", _clamped_one_early),
+        ("attention_rel_bias-mpnet_base", _clamped_one_early),
+        ("attention_rel_bias-length_64", _bias_scaled_too),
         ("embed-ragged", _types_ignored),
         ("embed-bert_base", _padding_row_trained),
         ("pool-ragged_mean", _mean_over_n_plus_1),
@@ -218,7 +249,7 @@ def test_dropout_rate_and_mean(p):
     assert abs(dropout_ref(x, p, 3).mean() - 1) < 4 * sigma / (1 - p)
 
 
-@pytest.mark.parametrize("op", ["attention", "add_layer_norm", "embed"])
+@pytest.mark.parametrize("op", ["attention", "attention_rel_bias", "add_layer_norm", "embed"])
 def test_dropout_seed_matters_and_repeats(op):
     case = next(c for c in testing.CASES if str(c) == f"{op}-dropout")
     inputs = case.inputs(torch.float32)
@@ -247,14 +278,41 @@ def test_attention_of_one_token_is_its_value():
     torch.testing.assert_close(out, qkv[:, 2], rtol=0, atol=0)
 
 
-def test_attention_probs_are_the_attention():
-    inputs = next(c for c in testing.CASES if str(c) == "attention-ragged").inputs(torch.float64)
+@pytest.mark.parametrize("op", ["attention", "attention_rel_bias"])
+def test_attention_probs_are_the_attention(op):
+    inputs = next(c for c in testing.CASES if str(c) == f"{op}-ragged").inputs(torch.float64)
     lengths = inputs["cu_seqlens"].diff().tolist()
-    probs = attention_probs(inputs["qkv"], inputs["cu_seqlens"])
+    probs = attention_probs(inputs["qkv"], inputs["cu_seqlens"], rel_bias=inputs.get("rel_bias"))
     assert [p.shape[-1] for p in probs] == lengths
     values = inputs["qkv"][:, 2].split(lengths)
     out = torch.cat([torch.einsum("hij,jhk->ihk", p, v) for p, v in zip(probs, values, strict=True)])
     torch.testing.assert_close(out, ops.attention(**inputs), rtol=0, atol=1e-13)
+
+
+class _RelBiasKernel:
+    """A backend with the agreed signatures, whose kernels are the reference and its autograd."""
+
+    @staticmethod
+    def attention_rel_bias_fwd(qkv, rel_bias, cu_seqlens, max_seqlen, scale, dropout_p, seed):
+        out = attention_ref(qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed, rel_bias)
+        return out, qkv.new_zeros(qkv.shape[0], qkv.shape[2])
+
+    @staticmethod
+    def attention_rel_bias_bwd(dout, qkv, rel_bias, out, lse, cu_seqlens, max_seqlen, scale, dropout_p, seed):
+        with torch.enable_grad():
+            leaves = [qkv.detach().requires_grad_(), rel_bias.detach().requires_grad_()]
+            again = attention_ref(leaves[0], cu_seqlens, max_seqlen, scale, dropout_p, seed, leaves[1])
+        assert torch.equal(again, out)
+        return torch.autograd.grad(again, leaves, dout)
+
+
+def test_a_backend_of_attention_rel_bias_gets_its_arguments(monkeypatch):
+    case = next(c for c in testing.CASES if str(c) == "attention_rel_bias-dropout")
+    asked = []
+    module = sys.modules["fastbert.ops.attention"]  # the package has a function of that name
+    monkeypatch.setattr(module, "backend_for", lambda op, x: asked.append(op) or _RelBiasKernel)
+    testing.check_case(case, torch.float32)
+    assert asked == ["attention_rel_bias"]
 
 
 # Errors, and the dispatch table.
@@ -279,6 +337,16 @@ def test_attention_probs_are_the_attention():
         (lambda: ops.attention(torch.ones(2, 3, 4), torch.zeros(1).int(), 0), ValueError, r"\(T, 3, H, K\)"),
         (lambda: ops.attention(torch.ones(2, 3, 1, 4), torch.tensor([0, 2]), 2), ValueError, "int32"),
         (lambda: ops.attention(torch.ones(2, 3, 1, 4), torch.tensor([0, 3]).int(), 3), ValueError, "ends at 3"),
+        (
+            lambda: ops.attention(torch.ones(2, 3, 2, 4), torch.tensor([0, 2]).int(), 2, rel_bias=torch.ones(1, 3)),
+            ValueError,
+            r"got \(1, 3\) for qkv with 2 heads",
+        ),
+        (
+            lambda: ops.attention(torch.ones(2, 3, 2, 4), torch.tensor([0, 2]).int(), 2, rel_bias=torch.ones(2, 4)),
+            ValueError,
+            "odd number of offsets",
+        ),
         (lambda: ops.pool(torch.ones(2, 3), torch.tensor([0, 2]).int(), "median"), ValueError, "weightedmean"),
         (lambda: ops.pool(torch.ones(2, 3), torch.tensor([0, 1]).int()), ValueError, "ends at 1"),
         (lambda: ops.cross_entropy(torch.ones(2, 3), torch.tensor([0, 3])), IndexError, "label 3 is outside"),

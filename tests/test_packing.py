@@ -128,6 +128,44 @@ def test_any_mask_dtype_means_nonzero_keeps(dtype):
     assert pack_padded(IDS[:1], mask)[0].num_tokens == 3
 
 
+KEEP = torch.tensor([[1, 1, 0, 1], [1, 1, 1, 1]]).bool()
+LOWEST = torch.finfo(torch.float32).min
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        KEEP[:, None, None],
+        KEEP[:, None, None].expand(2, 1, 4, 4),
+        torch.where(KEEP[:, None, None], 0.0, LOWEST),
+        torch.where(KEEP[:, None, None].expand(2, 1, 4, 4), 0.0, float("-inf")),
+        KEEP[:, None].expand(2, 4, 4).long(),
+        (KEEP[:, None] & KEEP[:, :, None]).float(),
+        KEEP[:, None, None] & KEEP[:, None, :, None],
+    ],
+)
+def test_masks_for_each_query_that_agree(mask):
+    batch, padding = pack_padded(torch.ones(2, 4).long(), mask)
+    assert torch.equal(padding.unpack(batch.input_ids) > 0, KEEP)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(2, 4, 4).tril(), "different keys"),
+        (torch.ones(2, 1, 4, 4).bool().tril(), "different keys"),
+        (torch.ones(2, 1, 4, 4).long(), "must be bool, or float"),
+        (torch.ones(2, 1, 4, 4), "other values"),
+        (torch.zeros(2, 1, 4, 4) - 0.5, "other values"),
+        (torch.ones(2, 3, 4, 4).bool(), r"\(2, 3, 4, 4\) but"),
+        (torch.block_diag(torch.ones(2, 2), torch.ones(2, 2)).expand(2, 4, 4), "different keys"),
+    ],
+)
+def test_masks_that_cannot_be_honoured(mask, message):
+    with pytest.raises(ValueError, match=message):
+        pack_padded(torch.ones(2, 4).long(), mask)
+
+
 def test_positions_broadcast():
     for positions in (torch.arange(5, 9), torch.arange(5, 9)[None], torch.arange(5, 9).expand(2, 4)):
         batch, _ = pack_padded(IDS, torch.tensor([[1, 1, 0, 1]] * 2), None, positions)

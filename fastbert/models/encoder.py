@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fastbert.models.activations import activation
-from fastbert.models.outputs import BaseModelOutputWithPooling
+from fastbert.models.outputs import BaseModelOutput, BaseModelOutputWithPooling
 from fastbert.models.pretrained import PreTrainedModel
 from fastbert.ops import add_layer_norm, attention, embed, pool
 from fastbert.ops.attention import attention_probs
@@ -82,9 +82,12 @@ class Embeddings(nn.Module):
         if self.token_type_embeddings is not None:
             types = torch.zeros_like(batch.input_ids) if batch.type_ids is None else batch.type_ids
             type_table = self.token_type_embeddings.weight
+        position, row = self.position_embeddings.weight, self.position_embeddings.padding_idx
+        if row is not None and torch.is_grad_enabled():  # a kept padding token does not train its position either
+            position = torch.cat([position[:row], position[row : row + 1].detach(), position[row + 1 :]])
         p = self.dropout_p if self.training else 0.0
         return embed(
-            batch.input_ids, batch.position_ids, types, word, self.position_embeddings.weight, type_table,
+            batch.input_ids, batch.position_ids, types, word, position, type_table,
             self.LayerNorm.weight, self.LayerNorm.bias, self.LayerNorm.eps, padding_idx, p, draw_seed(p),
         )  # fmt: skip
 
@@ -100,13 +103,17 @@ class SelfAttention(nn.Module):
         self.dense = nn.Linear(D, D)
         self.dropout_p = config.attention_probs_dropout_prob
 
-    def forward(self, x: torch.Tensor, batch: PackedBatch, trace: Trace) -> torch.Tensor:
-        """(T, D) -> (T, D)."""
+    def forward(
+        self, x: torch.Tensor, batch: PackedBatch, trace: Trace, rel_bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(T, D) -> (T, D). `rel_bias` as in `fastbert.ops.attention`."""
         qkv = self.qkv(x).view(x.shape[0], 3, self.num_heads, x.shape[1] // self.num_heads)
         if trace.attentions is not None:
-            trace.attentions.append(attention_probs(qkv, batch.cu_seqlens))
+            trace.attentions.append(attention_probs(qkv, batch.cu_seqlens, rel_bias=rel_bias))
         p = self.dropout_p if self.training else 0.0
-        context = attention(qkv, batch.cu_seqlens, batch.max_seqlen, dropout_p=p, seed=draw_seed(p))
+        context = attention(
+            qkv, batch.cu_seqlens, batch.max_seqlen, dropout_p=p, seed=draw_seed(p), rel_bias=rel_bias
+        )
         return self.dense(context.flatten(1))
 
 
@@ -135,31 +142,40 @@ class Layer(nn.Module):
         self.feed_forward = FeedForward(config)
         self.output_LayerNorm = AddLayerNorm(D, eps, p)
 
-    def forward(self, x: torch.Tensor, batch: PackedBatch, trace: Trace) -> torch.Tensor:
-        """(T, D) -> (T, D)."""
-        x = self.attention_LayerNorm(self.attention(x, batch, trace), x)
+    def forward(
+        self, x: torch.Tensor, batch: PackedBatch, trace: Trace, rel_bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(T, D) -> (T, D). `rel_bias` as in `fastbert.ops.attention`."""
+        x = self.attention_LayerNorm(self.attention(x, batch, trace, rel_bias), x)
         return self.output_LayerNorm(self.feed_forward(x), x)
 
 
-class Encoder(nn.Module):
-    """The stack of layers."""
+class LayerStack(nn.Module):
+    """Whatever runs layers one after the other, on request with gradient checkpointing."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.layer = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.checkpoint_kwargs: dict[str, Any] | None = None
-
-    def forward(self, x: torch.Tensor, batch: PackedBatch, trace: Trace) -> torch.Tensor:
-        """(T, D) -> (T, D)."""
-        for layer in self.layer:
-            x = self.run(layer, trace.hidden(x), batch, trace)
-        return trace.hidden(x)
 
     def run(self, layer: nn.Module, x: torch.Tensor, *args: Any) -> torch.Tensor:
         """One layer; with gradient checkpointing its activations are computed again in backward."""
         if self.checkpoint_kwargs is None or not (self.training and torch.is_grad_enabled()):
             return layer(x, *args)
         return checkpoint(layer, x, *args, **self.checkpoint_kwargs)
+
+
+class Encoder(LayerStack):
+    """`num_hidden_layers` layers, each with weights of its own."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+
+    def forward(self, x: torch.Tensor, batch: PackedBatch, trace: Trace) -> torch.Tensor:
+        """(T, D) -> (T, D)."""
+        for layer in self.layer:
+            x = self.run(layer, trace.hidden(x), batch, trace)
+        return trace.hidden(x)
 
 
 class Pooler(nn.Module):
@@ -189,6 +205,11 @@ class Encoded:
         return self.padding.unpack(values)
 
     @property
+    def first_token(self) -> torch.Tensor:
+        """(S, D) hidden state of each sequence's first kept token: [CLS] under any padding."""
+        return pool(self.hidden_TD, self.batch.cu_seqlens, "cls")
+
+    @property
     def hidden_states(self) -> tuple[torch.Tensor | None, ...] | None:
         """(num_layers + 1) x (B, L, D) if asked for; entries that a list of layers leaves out are None."""
         states = self.trace.hidden_states
@@ -216,7 +237,7 @@ class EncoderModel(PreTrainedModel):
     """
 
     embeddings: Embeddings
-    encoder: Encoder
+    encoder: LayerStack
     pooler: nn.Module | None
     position_offset: int = 0  # position id of a sequence's first token
 
@@ -303,7 +324,7 @@ class EncoderModel(PreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: Layers | None = None,
         return_dict: bool | None = None,
-    ) -> BaseModelOutputWithPooling | tuple[Any, ...]:
+    ) -> BaseModelOutputWithPooling | BaseModelOutput | tuple[Any, ...]:
         """The padded call of `transformers`.
 
         Args:
@@ -332,12 +353,13 @@ class EncoderModel(PreTrainedModel):
             output_attentions,
             output_hidden_states,
         )
-        return self.finish(
-            BaseModelOutputWithPooling(
-                last_hidden_state=encoded.unpack(encoded.hidden_TD),
-                pooler_output=None if self.pooler is None else self.pooler(encoded.hidden_TD, encoded.batch),
-                hidden_states=encoded.hidden_states,
-                attentions=encoded.attentions,
-            ),
-            return_dict,
+        return self.finish(self.output(encoded), return_dict)
+
+    def output(self, encoded: Encoded) -> BaseModelOutputWithPooling | BaseModelOutput:
+        """What the padded call returns; a family that has no pooler at all returns a `BaseModelOutput`."""
+        return BaseModelOutputWithPooling(
+            last_hidden_state=encoded.unpack(encoded.hidden_TD),
+            pooler_output=None if self.pooler is None else self.pooler(encoded.hidden_TD, encoded.batch),
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
         )

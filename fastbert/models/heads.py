@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastbert.models.encoder import Encoded, EncoderModel, Layers
+from fastbert.models.activations import Activation
+from fastbert.models.encoder import Dropout, Encoded, EncoderModel, Layers
 from fastbert.models.outputs import (
     MaskedLMOutput,
     MultipleChoiceModelOutput,
@@ -88,6 +89,21 @@ def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None
     if problem_type == "regression":
         return F.mse_loss(logits, labels)
     return F.binary_cross_entropy_with_logits(logits, labels)
+
+
+class ClassificationHead(nn.Module):
+    """out_proj(dropout(act(dense(dropout(h))))): the two-layer classifier of RoBERTa and its kin."""
+
+    def __init__(self, config: Any, act: Activation, dropout: Dropout) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
+        self.act = act
+        self.dropout = dropout
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(S, D) -> (S, num_labels)."""
+        return self.out_proj(self.dropout(self.act(self.dense(self.dropout(hidden)))))
 
 
 class SequenceClassification(HeadModel):

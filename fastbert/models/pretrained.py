@@ -93,8 +93,9 @@ class PreTrainedModel(nn.Module):
             parameter.fill_(1.0)
         else:
             parameter.normal_(0.0, self.config.initializer_range)
-            if name.endswith("word_embeddings.weight") and self.config.pad_token_id is not None:
-                parameter[self.config.pad_token_id].zero_()
+            owner = self.get_submodule(name.rpartition(".")[0])
+            if isinstance(owner, nn.Embedding) and owner.padding_idx is not None:
+                parameter[owner.padding_idx].zero_()
 
     @classmethod
     def from_pretrained(

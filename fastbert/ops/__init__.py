@@ -6,16 +6,19 @@ from fastbert.ops.cross_entropy import cross_entropy
 from fastbert.ops.dispatch import use_backend
 from fastbert.ops.embed import embed
 from fastbert.ops.gelu import gelu
+from fastbert.ops.int8_linear import int8_linear
 from fastbert.ops.plan import plan_batches, plan_concat, plan_mask
 from fastbert.ops.pool import pool
 
 OPS = (
     "embed",
     "attention",
+    "attention_rel_bias",
     "add_layer_norm",
     "gelu",
     "pool",
     "cross_entropy",
+    "int8_linear",
     "plan_mask",
     "plan_batches",
     "plan_concat",
@@ -28,6 +31,7 @@ __all__ = [
     "cross_entropy",
     "embed",
     "gelu",
+    "int8_linear",
     "plan_batches",
     "plan_concat",
     "plan_mask",

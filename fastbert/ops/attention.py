@@ -1,4 +1,7 @@
-"""out = softmax(Q K^T / sqrt(K)) V for every sequence of a packed batch: no token sees another sequence."""
+"""out = softmax(Q K^T / sqrt(K) + bias(j - i)) V for every sequence of a packed batch: no token sees another one's.
+
+The bias of key j for query i is optional, and a function of their offset and the head only.
+"""
 
 from __future__ import annotations
 
@@ -21,20 +24,31 @@ def _runs(cu_seqlens: torch.Tensor) -> Iterator[tuple[int, int, int]]:
         start += count * length
 
 
+def _offset_bias(rel_bias: torch.Tensor, length: int) -> torch.Tensor:
+    """(H, length, length): `rel_bias` of each query's (row's) and key's (column's) offset."""
+    R = (rel_bias.shape[1] + 1) // 2
+    positions = torch.arange(length, device=rel_bias.device)
+    return rel_bias[:, (positions - positions[:, None]).clamp(1 - R, R - 1) + R - 1]
+
+
 def _probs(
-    qkv: torch.Tensor, start: int, count: int, length: int, scale: float | None
+    qkv: torch.Tensor, start: int, count: int, length: int, scale: float | None, rel_bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Probabilities (count, H, length, length), fp32 or wider, and values (count, H, length, K) of one run."""
     H, K = qkv.shape[2:]
     run = qkv[start : start + count * length].view(count, length, 3, H, K)
     q, k, v = run.permute(2, 0, 3, 1, 4)
-    scores = (q @ k.mT).to(torch.promote_types(qkv.dtype, torch.float32))
-    return torch.softmax(scores * (K**-0.5 if scale is None else scale), dim=-1), v
+    scores = (q @ k.mT).to(torch.promote_types(qkv.dtype, torch.float32)) * (K**-0.5 if scale is None else scale)
+    if rel_bias is not None:
+        scores = scores + _offset_bias(rel_bias.to(scores.dtype), length)
+    return torch.softmax(scores, dim=-1), v
 
 
-def attention_probs(qkv: torch.Tensor, cu_seqlens: torch.Tensor, scale: float | None = None) -> list[torch.Tensor]:
+def attention_probs(
+    qkv: torch.Tensor, cu_seqlens: torch.Tensor, scale: float | None = None, rel_bias: torch.Tensor | None = None
+) -> list[torch.Tensor]:
     """The exact probabilities of `attention`, in plain PyTorch: S tensors (H, length, length) in the dtype of `qkv`."""
-    return [p for run in _runs(cu_seqlens) for p in _probs(qkv, *run, scale)[0].to(qkv.dtype)]
+    return [p for run in _runs(cu_seqlens) for p in _probs(qkv, *run, scale, rel_bias)[0].to(qkv.dtype)]
 
 
 def attention_ref(
@@ -44,12 +58,13 @@ def attention_ref(
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: int = 0,
+    rel_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The specification: one dense softmax per sequence, in fp32 for half-precision inputs."""
     H, K = qkv.shape[2:]
     out = [qkv.new_empty(0, H, K)]
     for start, count, length in _runs(cu_seqlens):
-        probs, v = _probs(qkv, start, count, length, scale)
+        probs, v = _probs(qkv, start, count, length, scale, rel_bias)
         if dropout_p > 0.0:
             tokens = torch.arange(start, start + count * length, device=qkv.device).view(count, 1, length, 1)
             rows = tokens * H + torch.arange(H, device=qkv.device).view(H, 1, 1)
@@ -87,6 +102,35 @@ class AttentionFunction(torch.autograd.Function):
         return None, dqkv, None, None, None, None, None
 
 
+class AttentionRelBiasFunction(torch.autograd.Function):
+    """`AttentionFunction` with a bias: saves that too, and backward sums its gradient over queries and sequences."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        backend: Any,
+        qkv: torch.Tensor,
+        rel_bias: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        scale: float,
+        dropout_p: float,
+        seed: int,
+    ) -> torch.Tensor:
+        out, lse = backend.attention_rel_bias_fwd(qkv, rel_bias, cu_seqlens, max_seqlen, scale, dropout_p, seed)
+        ctx.backend, ctx.max_seqlen, ctx.scale, ctx.dropout_p, ctx.seed = backend, max_seqlen, scale, dropout_p, seed
+        ctx.save_for_backward(qkv, rel_bias, out, lse, cu_seqlens)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple[Any, ...]:
+        qkv, rel_bias, out, lse, cu_seqlens = ctx.saved_tensors
+        dqkv, drel_bias = ctx.backend.attention_rel_bias_bwd(
+            dout.contiguous(), qkv, rel_bias, out, lse, cu_seqlens, ctx.max_seqlen, ctx.scale, ctx.dropout_p, ctx.seed
+        )
+        return None, dqkv, drel_bias, None, None, None, None, None
+
+
 def attention(
     qkv: torch.Tensor,
     cu_seqlens: torch.Tensor,
@@ -94,6 +138,7 @@ def attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: int = 0,
+    rel_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Bidirectional multi-head attention over packed sequences (Vaswani et al. 2017, arXiv 1706.03762, eq. 1).
 
@@ -103,6 +148,9 @@ def attention(
         max_seqlen: length of the longest sequence, on the host.
         scale: factor on the scores; None means 1 / sqrt(K).
         dropout_p, seed: dropout on the probabilities at (token * H + head, key); see `fastbert.ops.dropout`.
+        rel_bias: (H, 2R - 1) float or None: the scaled score of query i and key j, counted in their own sequence,
+            gains `rel_bias[h, clamp(j - i, -(R - 1), R - 1) + R - 1]` (Shaw et al. 2018, arXiv 1803.02155; Raffel et
+            al. 2019, arXiv 1910.10683). It has a gradient.
 
     Returns:
         (T, H, K) in the dtype of `qkv`. The softmax runs in fp32 (fp64 for fp64 inputs).
@@ -117,9 +165,18 @@ def attention(
         raise ValueError(f"cu_seqlens must be int32 of shape (S + 1), got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
     if cu_seqlens.device.type == "cpu" and int(cu_seqlens[-1]) != qkv.shape[0]:
         raise ValueError(f"cu_seqlens ends at {int(cu_seqlens[-1])} but qkv has {qkv.shape[0]} tokens")
+    if rel_bias is not None and (rel_bias.ndim != 2 or rel_bias.shape[0] != qkv.shape[2] or rel_bias.shape[1] % 2 == 0):
+        raise ValueError(
+            f"rel_bias must have shape (H, 2R - 1), an odd number of offsets, got {tuple(rel_bias.shape)} "
+            f"for qkv with {qkv.shape[2]} heads"
+        )
     check_dropout(dropout_p)
-    backend = backend_for("attention", qkv)
+    backend = backend_for("attention" if rel_bias is None else "attention_rel_bias", qkv)
     if backend is None:
-        return attention_ref(qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed)
+        return attention_ref(qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed, rel_bias)
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+    if rel_bias is not None:
+        return AttentionRelBiasFunction.apply(
+            backend, qkv.contiguous(), rel_bias.contiguous(), cu_seqlens, max_seqlen, scale, dropout_p, seed
+        )
     return AttentionFunction.apply(backend, qkv.contiguous(), cu_seqlens, max_seqlen, scale, dropout_p, seed)

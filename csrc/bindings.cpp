@@ -1,0 +1,226 @@
+// What Python sees: each function checks its tensors, chooses the kernel by dtype and releases the GIL around it.
+// Outputs are allocated by fastbert/native.py. The values of ids and labels are checked by fastbert.ops, not here.
+#include <pybind11/stl.h>
+
+#include "kernels.h"
+#include "view.h"
+
+namespace fastbert {
+
+void bind_plans(py::module_& m);  // bindings_plan.cpp
+
+namespace {
+
+// f(kernels of x's dtype), without the GIL.
+template <class F>
+void launch(const View& x, F f) {
+  const bool is_float = x.is(Dtype::float32);
+  py::gil_scoped_release nogil;
+  if (is_float)
+    f(kernels<float>());
+  else
+    f(kernels<bf16>());
+}
+
+Dropout make_dropout(double p, int64_t seed) {
+  return {static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(p * 4294967296.0),
+          static_cast<float>(1.0 / (1.0 - p))};
+}
+
+// Ascending from 0 to num_tokens, no sequence longer than max_seqlen: what keeps the kernels inside their arrays.
+int64_t check_cu_seqlens(const View& cu, int64_t num_tokens, int64_t max_seqlen) {
+  cu.expect_ndim(1).expect(Dtype::int32);
+  const int64_t S = cu.numel() - 1;
+  const int32_t* at = cu;
+  if (S < 0 || at[0] != 0 || at[S] != num_tokens)
+    cu.fail<py::value_error>("must run from 0 to the number of tokens, " + std::to_string(num_tokens));
+  for (int64_t s = 0; s < S; ++s) {
+    const int64_t length = static_cast<int64_t>(at[s + 1]) - at[s];
+    if (length < 0 || length > max_seqlen)
+      cu.fail<py::value_error>("gives sequence " + std::to_string(s) + " a length of " + std::to_string(length) +
+                               ", expected 0 to max_seqlen = " + std::to_string(max_seqlen));
+  }
+  return S;
+}
+
+void gelu_fwd(Arg x_, Arg bias_, Arg y_, bool tanh) {
+  VIEW(x); VIEW(bias); VIEW(y);
+  const int64_t rows = x.expect_float().rows(), F = x.columns();
+  bias.expect(Dtype::float32, {F});
+  y.expect_like(x);
+  launch(x, [&](auto& k) { k.gelu_fwd(x, bias, y, rows, F, tanh); });
+}
+
+void gelu_bwd(Arg dy_, Arg x_, Arg bias_, Arg dx_, Arg dbias_, bool tanh) {
+  VIEW(dy); VIEW(x); VIEW(bias); VIEW(dx); VIEW(dbias);
+  const int64_t rows = x.expect_float().rows(), F = x.columns();
+  dy.expect_like(x);
+  dx.expect_like(x);
+  bias.expect(Dtype::float32, {F});
+  dbias.expect(Dtype::float32, {F});
+  launch(x, [&](auto& k) { k.gelu_bwd(dy, x, bias, dx, dbias, rows, F, tanh); });
+}
+
+void add_layer_norm_fwd(Arg x_, Arg residual_, Arg weight_, Arg bias_, Arg y_, Arg mean_, Arg rstd_, float eps,
+                        double p, int64_t seed) {
+  VIEW(x); VIEW(residual); VIEW(weight); VIEW(bias); VIEW(y); VIEW(mean); VIEW(rstd);
+  const int64_t rows = x.expect_float().rows(), D = x.columns();
+  residual.expect_like(x);
+  y.expect_like(x);
+  for (const View* v : {&weight, &bias}) v->expect(Dtype::float32, {D});
+  for (const View* v : {&mean, &rstd}) v->expect(Dtype::float32, {rows});
+  launch(x, [&](auto& k) {
+    k.add_layer_norm_fwd(x, residual, weight, bias, y, mean, rstd, rows, D, eps, make_dropout(p, seed));
+  });
+}
+
+void add_layer_norm_bwd(Arg dy_, Arg x_, Arg residual_, Arg weight_, Arg mean_, Arg rstd_, Arg dx_, Arg dresidual_,
+                        Arg dweight_, Arg dbias_, double p, int64_t seed) {
+  VIEW(dy); VIEW(x); VIEW(residual); VIEW(weight); VIEW(mean); VIEW(rstd);
+  VIEW(dx); VIEW(dresidual); VIEW(dweight); VIEW(dbias);
+  const int64_t rows = x.expect_float().rows(), D = x.columns();
+  for (const View* v : {&dy, &residual, &dx, &dresidual}) v->expect_like(x);
+  for (const View* v : {&weight, &dweight, &dbias}) v->expect(Dtype::float32, {D});
+  for (const View* v : {&mean, &rstd}) v->expect(Dtype::float32, {rows});
+  launch(x, [&](auto& k) {
+    k.add_layer_norm_bwd(dy, x, residual, weight, mean, rstd, dx, dresidual, dweight, dbias, rows, D,
+                         make_dropout(p, seed));
+  });
+}
+
+void embed_fwd(Arg input_ids_, Arg position_ids_, Arg type_ids_, Arg word_, Arg position_, Arg token_type_, Arg weight_,
+               Arg bias_, Arg y_, Arg mean_, Arg rstd_, float eps, double p, int64_t seed) {
+  VIEW(input_ids); VIEW(position_ids); VIEW(type_ids); VIEW(word); VIEW(position); VIEW(token_type);
+  VIEW(weight); VIEW(bias); VIEW(y); VIEW(mean); VIEW(rstd);
+  const int64_t rows = input_ids.numel(), D = word.expect_float().expect_ndim(2).columns();
+  for (const View* v : {&input_ids, &position_ids, &type_ids}) v->expect(Dtype::int64, {rows});
+  for (const View* v : {&position, &token_type}) v->expect_like(word, {v->rows(), D});
+  for (const View* v : {&weight, &bias}) v->expect(Dtype::float32, {D});
+  for (const View* v : {&mean, &rstd}) v->expect(Dtype::float32, {rows});
+  y.expect_like(word, {rows, D});
+  launch(word, [&](auto& k) {
+    k.embed_fwd(input_ids, position_ids, type_ids, word, position, token_type, weight, bias, y, mean, rstd, rows, D,
+                eps, make_dropout(p, seed));
+  });
+}
+
+void embed_bwd(Arg dy_, Arg input_ids_, Arg position_ids_, Arg type_ids_, Arg word_, Arg position_, Arg token_type_,
+               Arg weight_, Arg mean_, Arg rstd_, Arg dword_, Arg dposition_, Arg dtoken_type_, Arg dweight_,
+               Arg dbias_, int64_t padding_idx, double p, int64_t seed) {
+  VIEW(dy); VIEW(input_ids); VIEW(position_ids); VIEW(type_ids); VIEW(word); VIEW(position); VIEW(token_type);
+  VIEW(weight); VIEW(mean); VIEW(rstd); VIEW(dword); VIEW(dposition); VIEW(dtoken_type); VIEW(dweight); VIEW(dbias);
+  const int64_t rows = input_ids.numel(), D = word.expect_float().expect_ndim(2).columns();
+  for (const View* v : {&input_ids, &position_ids, &type_ids}) v->expect(Dtype::int64, {rows});
+  for (const View* v : {&position, &token_type}) v->expect_like(word, {v->rows(), D});
+  for (const View* v : {&weight, &dweight, &dbias}) v->expect(Dtype::float32, {D});
+  for (const View* v : {&mean, &rstd}) v->expect(Dtype::float32, {rows});
+  dy.expect_like(word, {rows, D});
+  dword.expect(Dtype::float32, {word.rows(), D});
+  dposition.expect(Dtype::float32, {position.rows(), D});
+  dtoken_type.expect(Dtype::float32, {token_type.rows(), D});
+  launch(word, [&](auto& k) {
+    k.embed_bwd(dy, input_ids, position_ids, type_ids, word, position, token_type, weight, mean, rstd, dword, dposition,
+                dtoken_type, dweight, dbias, rows, D, padding_idx, make_dropout(p, seed));
+  });
+}
+
+void attention_fwd(Arg qkv_, Arg cu_seqlens_, Arg out_, Arg lse_, int64_t max_seqlen, float scale, double p,
+                   int64_t seed) {
+  VIEW(qkv); VIEW(cu_seqlens); VIEW(out); VIEW(lse);
+  qkv.expect_float().expect_ndim(4);
+  const int64_t T = qkv.size(0), H = qkv.size(2), K = qkv.size(3);
+  const int64_t S = check_cu_seqlens(cu_seqlens, T, max_seqlen);
+  out.expect_like(qkv, {T, H, K});
+  lse.expect(Dtype::float32, {T, H});
+  launch(qkv, [&](auto& k) {
+    k.attention_fwd(qkv, cu_seqlens, out, lse, S, H, K, max_seqlen, scale, make_dropout(p, seed));
+  });
+}
+
+void attention_bwd(Arg dout_, Arg qkv_, Arg out_, Arg lse_, Arg cu_seqlens_, Arg dqkv_, int64_t max_seqlen, float scale,
+                   double p, int64_t seed) {
+  VIEW(dout); VIEW(qkv); VIEW(out); VIEW(lse); VIEW(cu_seqlens); VIEW(dqkv);
+  qkv.expect_float().expect_ndim(4);
+  const int64_t T = qkv.size(0), H = qkv.size(2), K = qkv.size(3);
+  const int64_t S = check_cu_seqlens(cu_seqlens, T, max_seqlen);
+  for (const View* v : {&dout, &out}) v->expect_like(qkv, {T, H, K});
+  lse.expect(Dtype::float32, {T, H});
+  dqkv.expect_like(qkv);
+  launch(qkv, [&](auto& k) {
+    k.attention_bwd(dout, qkv, out, lse, cu_seqlens, dqkv, S, H, K, max_seqlen, scale, make_dropout(p, seed));
+  });
+}
+
+PoolMode pool_mode(const std::string& name) {
+  // In the order of PoolMode.
+  constexpr const char* names[] = {"cls", "lasttoken", "max", "mean", "mean_sqrt_len_tokens", "weightedmean"};
+  for (int i = 0; i < 6; ++i)
+    if (name == names[i]) return static_cast<PoolMode>(i);
+  throw py::value_error("unknown pooling mode '" + name + "'");
+}
+
+void pool_fwd(Arg hidden_, Arg cu_seqlens_, Arg out_, Arg argmax_, const std::string& mode_name) {
+  VIEW(hidden); VIEW(cu_seqlens); VIEW(out); VIEW(argmax);
+  const int64_t T = hidden.expect_float().expect_ndim(2).size(0), D = hidden.columns();
+  const int64_t S = check_cu_seqlens(cu_seqlens, T, T);
+  out.expect_like(hidden, {S, D});
+  argmax.expect(Dtype::int32, {S, D});
+  const PoolMode mode = pool_mode(mode_name);
+  if (argmax.present() != (mode == PoolMode::max)) argmax.fail<py::value_error>("goes with mode max, and only with it");
+  launch(hidden, [&](auto& k) { k.pool_fwd(hidden, cu_seqlens, out, argmax, S, D, mode); });
+}
+
+void pool_bwd(Arg dout_, Arg cu_seqlens_, Arg argmax_, Arg dhidden_, const std::string& mode_name) {
+  VIEW(dout); VIEW(cu_seqlens); VIEW(argmax); VIEW(dhidden);
+  const int64_t T = dhidden.expect_float().expect_ndim(2).size(0), D = dhidden.columns();
+  const int64_t S = check_cu_seqlens(cu_seqlens, T, T);
+  dout.expect_like(dhidden, {S, D});
+  argmax.expect(Dtype::int32, {S, D});
+  const PoolMode mode = pool_mode(mode_name);
+  if (argmax.present() != (mode == PoolMode::max)) argmax.fail<py::value_error>("goes with mode max, and only with it");
+  launch(dout, [&](auto& k) { k.pool_bwd(dout, cu_seqlens, argmax, dhidden, S, D, mode); });
+}
+
+void cross_entropy_fwd(Arg logits_, Arg labels_, Arg losses_, Arg lse_, int64_t ignore_index) {
+  VIEW(logits); VIEW(labels); VIEW(losses); VIEW(lse);
+  const int64_t M = logits.expect_float().expect_ndim(2).size(0), V = logits.columns();
+  labels.expect(Dtype::int64, {M});
+  losses.expect(Dtype::float32, {M});
+  lse.expect(Dtype::float64, {M});
+  launch(logits, [&](auto& k) { k.cross_entropy_fwd(logits, labels, losses, lse, M, V, ignore_index); });
+}
+
+void cross_entropy_bwd(Arg scale_, Arg logits_, Arg labels_, Arg lse_, Arg dlogits_, int64_t ignore_index) {
+  VIEW(scale); VIEW(logits); VIEW(labels); VIEW(lse); VIEW(dlogits);
+  const int64_t M = logits.expect_float().expect_ndim(2).size(0), V = logits.columns();
+  scale.expect(Dtype::float32, {});
+  labels.expect(Dtype::int64, {M});
+  lse.expect(Dtype::float64, {M});
+  dlogits.expect_like(logits);
+  launch(logits, [&](auto& k) { k.cross_entropy_bwd(scale, logits, labels, lse, dlogits, M, V, ignore_index); });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  torch.load();
+  m.doc() = "Native kernels; use them through fastbert.ops or fastbert.native.";
+  m.def("isa", &isa);
+  m.def("supported_isas", &supported_isas);
+  m.def("set_isa", &set_isa, py::arg("name"));
+  m.def("gelu_fwd", &gelu_fwd);
+  m.def("gelu_bwd", &gelu_bwd);
+  m.def("add_layer_norm_fwd", &add_layer_norm_fwd);
+  m.def("add_layer_norm_bwd", &add_layer_norm_bwd);
+  m.def("embed_fwd", &embed_fwd);
+  m.def("embed_bwd", &embed_bwd);
+  m.def("attention_fwd", &attention_fwd);
+  m.def("attention_bwd", &attention_bwd);
+  m.def("pool_fwd", &pool_fwd);
+  m.def("pool_bwd", &pool_bwd);
+  m.def("cross_entropy_fwd", &cross_entropy_fwd);
+  m.def("cross_entropy_bwd", &cross_entropy_bwd);
+  bind_plans(m);
+}
+
+}  // namespace fastbert

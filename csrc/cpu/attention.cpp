@@ -1,0 +1,235 @@
+// Attention over packed sequences. One task is one (sequence, head): its keys and values are packed into fp32 panels
+// that stay in cache, then blocks of queries go by. No task sees another sequence, so neither batch nor threads
+// change a result. Arithmetic is fp32; a block's scores never leave L1/L2.
+#include "cpu/table.h"
+#include "cpu/vec.h"
+
+namespace fastbert::FASTBERT_ISA {
+namespace {
+
+constexpr int64_t kQueries = 24;  // rows of a block: 24 x 256 scores are half of a 48 KiB L1
+
+// A matrix by strides: element (i, k) at p[i * row + k * col].
+struct Strided {
+  const float* p;
+  int64_t row, col;
+};
+
+// C[0..MR) x [0..NV * W) (+)= A x B over `depth`; sums run along k in order whatever the tile, so tiles never show.
+template <int MR, int NV>
+INLINE void tile(int64_t depth, Strided a, const float* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+  vf sums[MR][NV];
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) sums[m][v] = accumulate ? load(c + m * ldc + v * W) : vf{};
+  for (int64_t k = 0; k < depth; ++k) {
+    vf row[NV];
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) row[v] = load(b + k * ldb + v * W);
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m) {
+      const float x = a.p[m * a.row + k * a.col];
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) sums[m][v] += x * row[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) store(c + m * ldc + v * W, sums[m][v]);
+}
+
+// All rows of a panel of NV vectors: MR at a time, the rest with the tile that fits.
+template <int MR, int NV>
+INLINE void panel(int64_t rows, int64_t depth, Strided a, const float* b, int64_t ldb, float* c, int64_t ldc,
+                  bool accumulate) {
+  for (; rows >= MR; rows -= MR, a.p += MR * a.row, c += MR * ldc) tile<MR, NV>(depth, a, b, ldb, c, ldc, accumulate);
+  if constexpr (MR > 1)
+    if (rows > 0) panel<MR / 2, NV>(rows, depth, a, b, ldb, c, ldc, accumulate);
+}
+
+// C (rows, columns) (+)= A (rows, depth) B (depth, columns); columns is a multiple of W. Tiles fill the registers.
+void gemm(int64_t rows, int64_t columns, int64_t depth, Strided a, const float* b, int64_t ldb, float* c, int64_t ldc,
+          bool accumulate) {
+  constexpr int kWide = W == 16 ? 4 : 2, kWideRows = W == 16 ? 6 : 4;
+  int64_t j = 0;
+  for (; j + kWide * W <= columns; j += kWide * W)
+    panel<kWideRows, kWide>(rows, depth, a, b + j, ldb, c + j, ldc, accumulate);
+  if constexpr (kWide > 2)
+    for (; j + 2 * W <= columns; j += 2 * W) panel<8, 2>(rows, depth, a, b + j, ldb, c + j, ldc, accumulate);
+  for (; j < columns; j += W) panel<8, 1>(rows, depth, a, b + j, ldb, c + j, ldc, accumulate);
+}
+
+// rows x K of `from` (row stride given) as fp32 rows of `to`, zeros up to ld.
+template <class T>
+INLINE void copy_rows(const T* from, int64_t stride, int64_t rows, int64_t K, float* to, int64_t ld) {
+  for (int64_t i = 0; i < rows; ++i) {
+    each_vector(K, [&](int64_t d, int n) LAMBDA { store(to + i * ld + d, load(from + i * stride + d, n)); });
+  }
+}
+
+// The same, transposed: to[d * ld + i] = from[i * stride + d], zeros for rows <= i < ld.
+template <class T>
+INLINE void copy_columns(const T* from, int64_t stride, int64_t rows, int64_t K, float* to, int64_t ld) {
+  for (int64_t i = 0; i < rows; i += W) {
+    const int n = static_cast<int>(rows - i < W ? rows - i : W);
+    for (int64_t d = 0; d < K; ++d) {
+      vf column{};
+      for (int lane = 0; lane < n; ++lane) column[lane] = get(from[(i + lane) * stride + d]);
+      store(to + d * ld + i, column);
+    }
+  }
+}
+
+// Where one (sequence, head) lies, and its padded sizes.
+struct Task {
+  int64_t begin, length, head, rows, columns;  // rows: length, and columns: K, rounded up to W
+  Task(int64_t task, const int32_t* cu_seqlens, int64_t H, int64_t K)
+      : begin(cu_seqlens[task / H]),
+        length(cu_seqlens[task / H + 1] - begin),
+        head(task % H),
+        rows(round_up(length, W)),
+        columns(round_up(K, W)) {}
+};
+
+template <class T>
+void attention_fwd(const T* qkv, const int32_t* cu_seqlens, T* out, float* lse, int64_t S, int64_t H, int64_t K,
+                   int64_t max_seqlen, float scale, Dropout dropout) {
+  const int64_t step = 3 * H * K, max_rows = round_up(max_seqlen, W), max_columns = round_up(K, W);
+#pragma omp parallel if (cu_seqlens[S] * H * K > kParallelWork / 4)
+  {
+    // Keys, values, queries, scores, outputs.
+    const Scratch scratch((max_rows + kQueries) * (K + max_columns) + kQueries * (max_rows + max_columns));
+#pragma omp for schedule(dynamic, 2)
+    for (int64_t index = 0; index < S * H; ++index) {
+      const Task task(index, cu_seqlens, H, K);
+      const T* base = qkv + task.begin * step + task.head * K;
+      float* keys = scratch.get();
+      float* values = keys + K * task.rows;
+      float* queries = values + task.length * task.columns;
+      float* scores = queries + kQueries * task.columns;
+      float* result = scores + kQueries * task.rows;
+      copy_columns(base + H * K, step, task.length, K, keys, task.rows);
+      copy_rows(base + 2 * H * K, step, task.length, K, values, task.columns);
+      for (int64_t q = 0; q < task.length; q += kQueries) {
+        const int64_t count = task.length - q < kQueries ? task.length - q : kQueries;
+        copy_rows(base + q * step, step, count, K, queries, task.columns);
+        gemm(count, task.rows, K, {queries, task.columns, 1}, keys, task.rows, scores, task.rows, false);
+        float inverse[kQueries];
+        for (int64_t i = 0; i < count; ++i) {
+          float* row = scores + i * task.rows;
+          const int64_t place = (task.begin + q + i) * H + task.head;
+          for (int64_t j = task.length; j < task.rows; ++j) row[j] = -__builtin_inff();
+          vf tops = splat(-__builtin_inff());
+          for (int64_t j = 0; j < task.rows; j += W) {
+            // Rounded here, so that the largest score minus itself is 0 below and no probability passes 1.
+            store(row + j, load(row + j) * scale);
+            tops = max(load(row + j), tops);
+          }
+          const float top = max(tops);
+          const RowDropout drop(dropout, place);
+          vf total{};
+          for (int64_t j = 0; j < task.rows; j += W) {
+            const vf p = exp(load(row + j) - top);
+            total += p;
+            store(row + j, drop(p, j));
+          }
+          lse[place] = top + __builtin_logf(sum(total));
+          inverse[i] = 1.f / sum(total);
+        }
+        gemm(count, task.columns, task.length, {scores, task.rows, 1}, values, task.columns, result, task.columns,
+             false);
+        for (int64_t i = 0; i < count; ++i) {
+          T* to = out + ((task.begin + q + i) * H + task.head) * K;
+          each_vector(K, [&](int64_t d, int n) LAMBDA {
+            store(to + d, load(result + i * task.columns + d) * inverse[i], n);
+          });
+        }
+      }
+    }
+  }
+}
+
+// Equation by equation, per block of queries: P = exp(scale S - lse); dV += P^T dO; dP = dO V^T;
+// dS = scale P (dP - rowsum(dO O)); dQ = dS K; dK += dS^T Q. Dropout multiplies P in dV and dP in dS.
+template <class T>
+void attention_bwd(const T* dout, const T* qkv, const T* out, const float* lse, const int32_t* cu_seqlens, T* dqkv,
+                   int64_t S, int64_t H, int64_t K, int64_t max_seqlen, float scale, Dropout dropout) {
+  const int64_t step = 3 * H * K, max_rows = round_up(max_seqlen, W), max_columns = round_up(K, W);
+#pragma omp parallel if (cu_seqlens[S] * H * K > kParallelWork / 8)
+  {
+    const Scratch scratch(max_rows * (2 * K + 3 * max_columns) + kQueries * (2 * max_rows + 3 * max_columns));
+#pragma omp for schedule(dynamic, 2)
+    for (int64_t index = 0; index < S * H; ++index) {
+      const Task task(index, cu_seqlens, H, K);
+      const T* base = qkv + task.begin * step + task.head * K;
+      T* dbase = dqkv + task.begin * step + task.head * K;
+      const int64_t panel_size = task.length * task.columns, block_size = kQueries * task.columns;
+      float* keys_t = scratch.get();
+      float* values_t = keys_t + K * task.rows;
+      float* keys = values_t + K * task.rows;
+      float* dkeys = keys + panel_size;
+      float* dvalues = dkeys + panel_size;
+      float* queries = dvalues + panel_size;
+      float* douts = queries + block_size;
+      float* dqueries = douts + block_size;
+      float* probs = dqueries + block_size;
+      float* dscores = probs + kQueries * task.rows;
+      copy_columns(base + H * K, step, task.length, K, keys_t, task.rows);
+      copy_columns(base + 2 * H * K, step, task.length, K, values_t, task.rows);
+      copy_rows(base + H * K, step, task.length, K, keys, task.columns);
+      memset(dkeys, 0, 2 * panel_size * sizeof(float));
+      for (int64_t q = 0; q < task.length; q += kQueries) {
+        const int64_t count = task.length - q < kQueries ? task.length - q : kQueries;
+        const int64_t first = (task.begin + q) * H + task.head;  // row of (T * H) of the block's first query
+        copy_rows(base + q * step, step, count, K, queries, task.columns);
+        copy_rows(dout + first * K, H * K, count, K, douts, task.columns);
+        gemm(count, task.rows, K, {queries, task.columns, 1}, keys_t, task.rows, probs, task.rows, false);
+        gemm(count, task.rows, K, {douts, task.columns, 1}, values_t, task.rows, dscores, task.rows, false);
+        for (int64_t i = 0; i < count; ++i) {
+          const int64_t place = first + i * H;
+          vf products{};
+          each_vector(K, [&](int64_t d, int n) LAMBDA {
+            products += load(douts + i * task.columns + d) * load(out + place * K + d, n);
+          });
+          const float delta = sum(products);
+          const RowDropout drop(dropout, place);
+          for (int64_t j = i * task.rows; j < (i + 1) * task.rows; j += W) {
+            const vf p = exp(load(probs + j) * scale - lse[place]);
+            store(dscores + j, p * (drop(load(dscores + j), j - i * task.rows) - delta) * scale);
+            store(probs + j, drop(p, j - i * task.rows));
+          }
+        }
+        gemm(count, task.columns, task.length, {dscores, task.rows, 1}, keys, task.columns, dqueries, task.columns,
+             false);
+        gemm(task.length, task.columns, count, {probs, 1, task.rows}, douts, task.columns, dvalues, task.columns, true);
+        gemm(task.length, task.columns, count, {dscores, 1, task.rows}, queries, task.columns, dkeys, task.columns,
+             true);
+        for (int64_t i = 0; i < count; ++i) {
+          each_vector(K, [&](int64_t d, int n) LAMBDA {
+            store(dbase + (q + i) * step + d, load(dqueries + i * task.columns + d), n);
+          });
+        }
+      }
+      for (int64_t i = 0; i < task.length; ++i) {
+        each_vector(K, [&](int64_t d, int n) LAMBDA {
+          store(dbase + i * step + H * K + d, load(dkeys + i * task.columns + d), n);
+          store(dbase + i * step + 2 * H * K + d, load(dvalues + i * task.columns + d), n);
+        });
+      }
+    }
+  }
+}
+
+}  // namespace
+
+template <class T>
+void add_attention(Kernels<T>& table) {
+  table.attention_fwd = attention_fwd;
+  table.attention_bwd = attention_bwd;
+}
+template void add_attention(Kernels<float>&);
+template void add_attention(Kernels<bf16>&);
+
+}  // namespace fastbert::FASTBERT_ISA

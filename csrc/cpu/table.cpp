@@ -1,0 +1,21 @@
+// The kernels of one instruction set.
+#include "cpu/table.h"
+
+namespace fastbert::FASTBERT_ISA {
+
+template <class T>
+Kernels<T> table() {
+  Kernels<T> all{};
+  add_gelu(all);
+  add_layer_norm_kernels(all);
+  add_embed(all);
+  add_attention(all);
+  add_pool(all);
+  add_cross_entropy(all);
+  return all;
+}
+
+template Kernels<float> table();
+template Kernels<bf16> table();
+
+}  // namespace fastbert::FASTBERT_ISA

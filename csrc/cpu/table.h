@@ -1,0 +1,20 @@
+// Each op's file adds its kernels to the table of its instruction set; table.cpp collects them.
+#pragma once
+#include "kernels.h"
+
+namespace fastbert::FASTBERT_ISA {
+
+template <class T>
+void add_gelu(Kernels<T>& table);
+template <class T>
+void add_layer_norm_kernels(Kernels<T>& table);
+template <class T>
+void add_embed(Kernels<T>& table);
+template <class T>
+void add_attention(Kernels<T>& table);
+template <class T>
+void add_pool(Kernels<T>& table);
+template <class T>
+void add_cross_entropy(Kernels<T>& table);
+
+}  // namespace fastbert::FASTBERT_ISA

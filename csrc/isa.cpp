@@ -1,0 +1,134 @@
+// Which instruction set runs: feature bits of the CPU and of the operating system, never the model's name.
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace fastbert {
+
+#define FASTBERT_DECLARE(isa)           \
+  namespace isa {                       \
+  template <class T>                    \
+  Kernels<T> table();                   \
+  extern template Kernels<float> table(); \
+  extern template Kernels<bf16> table();  \
+  }
+FASTBERT_DECLARE(portable)
+#if defined(__x86_64__)
+FASTBERT_DECLARE(avx2)
+FASTBERT_DECLARE(avx512)
+#endif
+
+namespace {
+
+struct Isa {
+  const char* name;
+  bool supported;
+  Kernels<float> (*table_float)();
+  Kernels<bf16> (*table_bf16)();
+};
+
+#if defined(__x86_64__)
+struct Registers {
+  unsigned a, b, c, d;
+};
+
+Registers cpuid(unsigned leaf) {
+  Registers r{};
+  __get_cpuid_count(leaf, 0, &r.a, &r.b, &r.c, &r.d);  // leaves zeros where the leaf does not exist
+  return r;
+}
+
+// Which register files the operating system saves at a context switch; 0 where it cannot say.
+unsigned saved_state(const Registers& leaf1) {
+  if (!(leaf1.c >> 27 & 1)) return 0;  // OSXSAVE
+  unsigned low, high;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return low;
+}
+
+bool has(unsigned bits, unsigned wanted) { return (bits & wanted) == wanted; }
+
+bool has_avx2() {
+  const Registers leaf1 = cpuid(1);
+  return has(leaf1.c, 1u << 12 | 1u << 28 | 1u << 29)  // FMA, AVX, F16C
+         && has(cpuid(7).b, 1u << 5)                   // AVX2
+         && has(saved_state(leaf1), 0x06);             // xmm, ymm
+}
+
+bool has_avx512() {
+  return has_avx2() && has(cpuid(7).b, 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31)  // F, DQ, BW, VL
+         && has(saved_state(cpuid(1)), 0xe6);                                     // and the masks, zmm
+}
+#endif
+
+// Best last.
+const std::vector<Isa>& isas() {
+  static const std::vector<Isa> all = {
+      {"portable", true, portable::table<float>, portable::table<bf16>},
+#if defined(__x86_64__)
+      {"avx2", has_avx2(), avx2::table<float>, avx2::table<bf16>},
+      {"avx512", has_avx512(), avx512::table<float>, avx512::table<bf16>},
+#endif
+  };
+  return all;
+}
+
+struct Current {
+  const char* name;
+  Kernels<float> of_float;
+  Kernels<bf16> of_bf16;
+  explicit Current(const Isa& isa) : name(isa.name), of_float(isa.table_float()), of_bf16(isa.table_bf16()) {}
+};
+
+Current& current() {
+  static Current chosen = [] {
+    const Isa* best = nullptr;
+    for (const Isa& isa : isas())
+      if (isa.supported) best = &isa;
+    return Current(*best);
+  }();
+  return chosen;
+}
+
+}  // namespace
+
+template <>
+const Kernels<float>& kernels() {
+  return current().of_float;
+}
+
+template <>
+const Kernels<bf16>& kernels() {
+  return current().of_bf16;
+}
+
+const char* isa() { return current().name; }
+
+std::vector<const char*> supported_isas() {
+  std::vector<const char*> names;
+  for (const Isa& isa : isas())
+    if (isa.supported) names.push_back(isa.name);
+  return names;
+}
+
+void set_isa(const char* name) {
+  std::string offered;
+  for (const char* s : supported_isas()) offered += std::string(offered.empty() ? "" : ", ") + s;
+  for (const Isa& isa : isas()) {
+    if (std::strcmp(isa.name, name) != 0) continue;
+    if (!isa.supported)
+      throw std::invalid_argument(std::string("this CPU (or its operating system) lacks the instruction set '") + name +
+                                  "'; it offers " + offered);
+    current() = Current(isa);
+    return;
+  }
+  throw std::invalid_argument(std::string("unknown instruction set '") + name + "'; this CPU offers " + offered);
+}
+
+}  // namespace fastbert

@@ -1,0 +1,413 @@
+"""Embedder: texts to vectors. It sorts by length, packs to a token budget, runs the encoder, pools, restores the order.
+
+It knows no file format (`sentence_folder`, `tokenizer`), no kernel and no padding.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from fastbert.hub import resolve
+from fastbert.models import BertModel
+from fastbert.models.encoder import EncoderModel
+from fastbert.models.quantize import quantize_int8
+from fastbert.packing import PackedBatch, pack, token_batches
+from fastbert.progress import progress
+from fastbert.sentence_folder import SIMILARITIES, Dense, SentenceFolder, read_folder, write_folder
+from fastbert.tokenizer import Text, Tokenizer
+from fastbert.vectors import Vectors, quantize_vectors, similarity, similarity_pairwise
+from fastbert.weights import read_json
+
+DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
+WINDOW = 16384  # texts that are tokenised and sorted together: bounds the memory of a long list
+TOKEN_BUDGET = {"cpu": 8192, "cuda": 65536}
+
+FAMILIES: dict[str, type[EncoderModel]] = {cls.config_class.model_type: cls for cls in (BertModel,)}
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Vectors and what they cost.
+
+    Attributes:
+        vectors: (N, D) float32, on the CPU.
+        num_tokens: tokens computed, special ones included.
+        num_truncated: texts that were longer than `max_seq_length`.
+    """
+
+    vectors: torch.Tensor
+    num_tokens: int
+    num_truncated: int
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One packed batch, computed: `rows` are its texts' places in the list."""
+
+    rows: list[int]
+    batch: PackedBatch
+    hidden_TD: torch.Tensor
+    vectors_SD: torch.Tensor
+    num_truncated: int
+
+
+class Embedder:
+    """An encoder with its tokenizer and pooling; `encode` has the arguments and results of sentence-transformers.
+
+    Calls keep no state on the object: several threads may encode at once.
+
+    Attributes:
+        model: the encoder, in `eval()` mode.
+        prompts: texts by name that can be put before each input.
+        default_prompt_name: the prompt that is used where none is named, or None.
+        truncate_dim: leading features that are returned, or None for all.
+    """
+
+    def __init__(self, model: EncoderModel, tokenizer: Tokenizer, folder: SentenceFolder) -> None:
+        if tokenizer.num_ids > model.config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.num_ids} ids but the model's vocab_size is {model.config.vocab_size}: "
+                "they do not belong together"
+            )
+        self.model = model
+        self.tokenizer = tokenizer
+        self.pooling = folder.pooling
+        self.modules = folder.modules.to(model.device)
+        self.prompts = {"query": "", "document": "", **folder.prompts}
+        self.default_prompt_name = folder.default_prompt_name
+        if self.default_prompt_name is not None:
+            self._prompt(None, self.default_prompt_name)
+        self.truncate_dim = folder.truncate_dim
+        self.similarity_fn_name = folder.similarity_fn_name
+        self._folder = folder
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str],
+        dtype: str = "auto",
+        device: torch.device | str | None = None,
+        num_threads: int | None = None,
+        max_seq_length: int | None = None,
+        *,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+    ) -> Embedder:
+        """Load a sentence-transformers model, or a plain encoder (mean-pooled, with a warning).
+
+        Args:
+            name: a folder or a hub id; see `fastbert.hub.resolve` for where it is looked for.
+            dtype: `float32`; `bfloat16`; `float16` (GPU only); `int8` (CPU only, opt-in: cosine to fp32 about 0.998);
+                `auto` is bfloat16 on a GPU that has it, float16 on one that has not, float32 on a CPU.
+            device: None = a GPU where there is one.
+            num_threads: threads of a CPU forward pass; this is torch's setting and counts for the whole process.
+            max_seq_length: tokens a text; None = as the model's files say.
+            revision, cache_dir, token, local_files_only: as in `huggingface_hub.snapshot_download`.
+
+        Raises:
+            FileNotFoundError: no such model, or a file is missing in its folder.
+            ValueError: a corrupt file, an unsupported architecture or module, or an option that does not fit.
+        """
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = _dtype(dtype, device)
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
+        root = resolve(name, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only)
+        folder = read_folder(root)
+        kind = read_json(folder.transformer / "config.json").get("model_type", "bert")
+        if kind not in FAMILIES:
+            raise ValueError(f"{root} is a model of type {kind!r}; computed here are: {', '.join(FAMILIES)}")
+        family = FAMILIES[kind]
+        options: dict[str, Any] = {"add_pooling_layer": False} if "pooler" in family.head_roots else {}
+        weights_dtype = "float32" if dtype == "int8" else dtype
+        model = family.from_pretrained(folder.transformer, dtype=weights_dtype, device=device, **options)
+        limit = _position_limit(model)
+        declared = None if folder.max_seq_length is None else min(folder.max_seq_length, limit)
+        tokenizer = Tokenizer.from_folder(folder.transformer, limit, max_seq_length or declared, folder.do_lower_case)
+        if dtype == "int8":
+            quantize_int8(model)
+        return cls(model, tokenizer, folder)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the encoder runs."""
+        return self.model.device
+
+    @property
+    def max_seq_length(self) -> int:
+        """Tokens a text may have, special tokens included; longer ones are cut. Settable."""
+        return self.tokenizer.max_length
+
+    @max_seq_length.setter
+    def max_seq_length(self, value: int) -> None:
+        limit = _position_limit(self.model)
+        if value > limit:
+            raise ValueError(f"max_seq_length is {value} but the model has positions for {limit} tokens")
+        self.tokenizer = self.tokenizer.with_max_length(value)
+
+    @property
+    def similarity_fn_name(self) -> str:
+        """What `similarity` computes: cosine, dot, euclidean or manhattan. Settable."""
+        return self._similarity_fn_name
+
+    @similarity_fn_name.setter
+    def similarity_fn_name(self, name: str) -> None:
+        if name not in SIMILARITIES:
+            raise ValueError(f"similarity_fn_name {name!r} is not one of {', '.join(SIMILARITIES)}")
+        self._similarity_fn_name = name
+
+    def get_embedding_dimension(self) -> int:
+        """Features of a vector that `encode` returns."""
+        return self._dimension(self.truncate_dim)
+
+    get_sentence_embedding_dimension = get_embedding_dimension
+
+    def _dimension(self, truncate_dim: int | None) -> int:
+        width = len(self.pooling.modes) * self.model.config.hidden_size
+        for module in self.modules:
+            width = module.linear.out_features if isinstance(module, Dense) else width
+        if truncate_dim is not None and truncate_dim < 1:
+            raise ValueError(f"truncate_dim must be at least 1, got {truncate_dim}")
+        return width if truncate_dim is None else min(width, truncate_dim)
+
+    def _prompt(self, prompt: str | None, prompt_name: str | None) -> str:
+        name = prompt_name if prompt_name is not None else self.default_prompt_name
+        if prompt is not None or name is None:
+            return prompt or ""
+        if name not in self.prompts:
+            raise ValueError(f"prompt name {name!r} is unknown; the model's prompts are {sorted(self.prompts)}")
+        return self.prompts[name]
+
+    @torch.inference_mode()
+    def _steps(
+        self, texts: Sequence[Text], prompt: str, batch_size: int | None, token_budget: int | None
+    ) -> Iterator[_Step]:
+        """Compute one window of texts, batch by batch, the longest texts first."""
+        tokenizer, device = self.tokenizer, self.device
+        encoded = tokenizer.encode([_prepend(prompt, text) for text in texts] if prompt else texts)
+        prompt_length = tokenizer.prompt_length(prompt) if prompt and not self.pooling.include_prompt else 0
+        budget = TOKEN_BUDGET[device.type] if token_budget is None else token_budget
+        for rows in token_batches([len(ids) for ids in encoded.ids], budget, batch_size):
+            types = None if encoded.type_ids is None else [encoded.type_ids[i] for i in rows]
+            batch = pack([encoded.ids[i] for i in rows], types, self.model.position_offset)
+            batch = batch if device.type == "cpu" else batch.to(device, non_blocking=True)
+            hidden_TD = self.model.forward_packed(batch)
+            vectors_SD = self.modules(self.pooling(hidden_TD, batch.cu_seqlens, prompt_length).float())
+            yield _Step(rows, batch, hidden_TD, vectors_SD, sum(encoded.truncated[i] for i in rows))
+
+    def encode_with_stats(
+        self,
+        texts: Sequence[Text],
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int | None = None,
+        token_budget: int | None = None,
+        show_progress_bar: bool = False,
+        normalize_embeddings: bool = False,
+        truncate_dim: int | None = None,
+    ) -> Embeddings:
+        """Vectors of a list of texts, with the number of tokens computed and of texts cut; see `encode`.
+
+        Args:
+            batch_size: texts a batch at most; None = no limit but the budget.
+            token_budget: tokens a batch at most; None = 8192 on a CPU, 65536 on a GPU.
+        """
+        truncate_dim = self.truncate_dim if truncate_dim is None else truncate_dim
+        vectors = torch.empty(len(texts), self._dimension(truncate_dim))
+        prompt = self._prompt(prompt, prompt_name)
+        num_tokens = num_truncated = 0
+        with progress(len(texts), show_progress_bar) as advance:
+            for start in range(0, len(texts), WINDOW):
+                window, parts, order = vectors[start : start + WINDOW], [], []
+                for step in self._steps(texts[start : start + WINDOW], prompt, batch_size, token_budget):
+                    order += step.rows
+                    parts.append(step.vectors_SD[:, :truncate_dim])
+                    num_tokens += step.batch.num_tokens
+                    num_truncated += step.num_truncated
+                    advance(len(step.rows), step.batch.num_tokens)
+                window[order] = torch.cat(parts).cpu()  # one copy a window: a GPU is not waited for at each batch
+        return Embeddings(F.normalize(vectors) if normalize_embeddings else vectors, num_tokens, num_truncated)
+
+    def encode(
+        self,
+        texts: str | Iterable[Text],
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int | None = None,
+        show_progress_bar: bool | None = None,
+        output_value: str | None = "sentence_embedding",
+        precision: str = "float32",
+        convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+        device: torch.device | str | None = None,
+        normalize_embeddings: bool = False,
+        truncate_dim: int | None = None,
+        token_budget: int | None = None,
+    ) -> Any:
+        """Encode texts as `SentenceTransformer.encode` does.
+
+        Args:
+            texts: a str, or an iterable of str and of (str, str) pairs.
+            prompt_name: which of `prompts` to put before each text; None = `default_prompt_name`.
+            prompt: a prompt of your own; it wins over `prompt_name`.
+            batch_size, token_budget: texts and tokens a batch at most; the defaults suit most machines.
+            show_progress_bar: a bar on stderr with tokens per second; None = no.
+            output_value: `sentence_embedding`; `token_embeddings`: a (length, D) tensor for each text; None: a dict
+                of both and `input_ids` for each text. The last two are tensors on the CPU.
+            precision: see `fastbert.vectors.quantize_vectors`.
+            convert_to_numpy: one array; without it, and without `convert_to_tensor`, a list of vectors.
+            convert_to_tensor: one tensor on the embedder's device.
+            device: None, or the embedder's own: a call does not move the model.
+            normalize_embeddings: scale to length 1, after `truncate_dim` cut the vectors.
+            truncate_dim: leading features to return; None = the embedder's.
+
+        Returns:
+            (N, D) float32 numpy array; for a single str (D). An empty list gives (0, D).
+
+        Warns:
+            UserWarning: once a call, with the number of texts that were cut to `max_seq_length`.
+
+        Raises:
+            TypeError: an input that is not a str or a pair of str.
+            ValueError: an unknown prompt name, precision or output_value; another device.
+        """
+        if device is not None and torch.device(device).type != self.device.type:
+            raise ValueError(
+                f"device is {device} but the model is on {self.device}: from_pretrained(..., device={str(device)!r})"
+            )
+        if isinstance(texts, (bytes, dict)) or not isinstance(texts, Iterable):
+            raise TypeError(f"texts must be a str or a list of str, it is a {type(texts).__name__}")
+        if output_value not in ("sentence_embedding", "token_embeddings", None):
+            raise ValueError(f"output_value {output_value!r} is not 'sentence_embedding', 'token_embeddings' or None")
+        single = isinstance(texts, str)
+        inputs: list[Text] = [texts] if isinstance(texts, str) else list(texts)
+        if output_value != "sentence_embedding":
+            if precision != "float32":
+                raise ValueError(f"precision {precision!r} goes with output_value='sentence_embedding' only")
+            outputs, num_truncated = self._token_outputs(
+                inputs, self._prompt(prompt, prompt_name), batch_size, token_budget, truncate_dim
+            )
+            self._warn_truncated(num_truncated, len(inputs))
+            found: Any = outputs if output_value is None else [out[output_value] for out in outputs]
+            return found[0] if single else found
+        result = self.encode_with_stats(
+            inputs, prompt_name, prompt, batch_size, token_budget, bool(show_progress_bar),
+            normalize_embeddings, truncate_dim,
+        )  # fmt: skip
+        self._warn_truncated(result.num_truncated, len(inputs))
+        array = quantize_vectors(result.vectors.numpy(), precision)
+        vectors: Any = array
+        if convert_to_tensor:
+            vectors = torch.from_numpy(array).to(self.device)
+        elif not convert_to_numpy:
+            vectors = list(torch.from_numpy(array))
+        return vectors[0] if single else vectors
+
+    def _token_outputs(
+        self,
+        texts: list[Text],
+        prompt: str,
+        batch_size: int | None,
+        token_budget: int | None,
+        truncate_dim: int | None,
+    ) -> tuple[list[dict[str, torch.Tensor]], int]:
+        truncate_dim = self.truncate_dim if truncate_dim is None else truncate_dim
+        outputs: list[dict[str, torch.Tensor]] = [{} for _ in texts]
+        num_truncated = 0
+        for start in range(0, len(texts), WINDOW):
+            for step in self._steps(texts[start : start + WINDOW], prompt, batch_size, token_budget):
+                num_truncated += step.num_truncated
+                ids, states = step.batch.split(step.batch.input_ids), step.batch.split(step.hidden_TD.float())
+                for row, *values in zip(step.rows, ids, states, step.vectors_SD[:, :truncate_dim], strict=True):
+                    names = ("input_ids", "token_embeddings", "sentence_embedding")
+                    outputs[start + row] = {n: v.cpu().clone() for n, v in zip(names, values, strict=True)}
+        return outputs, num_truncated
+
+    def _warn_truncated(self, num_truncated: int, num_texts: int) -> None:
+        if num_truncated:
+            limit = _position_limit(self.model)
+            more = f"; embedder.max_seq_length can be set up to {limit}" if self.max_seq_length < limit else ""
+            warnings.warn(
+                f"{num_truncated} of {num_texts} texts are longer than max_seq_length={self.max_seq_length} tokens "
+                f"and were cut{more}",
+                stacklevel=3,
+            )
+
+    def encode_query(self, texts: str | Iterable[Text], **options: Any) -> Any:
+        """`encode` with the prompt named "query", unless the call names another."""
+        if options.get("prompt_name") is None and options.get("prompt") is None:
+            options["prompt_name"] = "query"
+        return self.encode(texts, **options)
+
+    def encode_document(self, texts: str | Iterable[Text], **options: Any) -> Any:
+        """`encode` with the prompt named "document", unless the call names another."""
+        if options.get("prompt_name") is None and options.get("prompt") is None:
+            options["prompt_name"] = "document"
+        return self.encode(texts, **options)
+
+    def similarity(self, a: Vectors, b: Vectors) -> torch.Tensor:
+        """(N, D), (M, D) -> (N, M) by `similarity_fn_name`; distances are negative, so that more is more alike."""
+        return similarity(self.similarity_fn_name, a, b)
+
+    def similarity_pairwise(self, a: Vectors, b: Vectors) -> torch.Tensor:
+        """(N, D), (N, D) -> (N) by `similarity_fn_name`."""
+        return similarity_pairwise(self.similarity_fn_name, a, b)
+
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Write a folder that this class, sentence-transformers and other servers load.
+
+        Raises:
+            ValueError: an int8 model: it has no float weights to write.
+        """
+        root = Path(path)
+        if any(buffer.dtype == torch.int8 for buffer in self.model.buffers()):
+            raise ValueError("an int8 model cannot be saved: load it with dtype='float32' and save that")
+        self.model.save_pretrained(root)
+        self.tokenizer.save(root)
+        content = replace(
+            self._folder,
+            transformer=root,
+            max_seq_length=self.max_seq_length,
+            prompts=self.prompts,
+            default_prompt_name=self.default_prompt_name,
+            similarity_fn_name=self.similarity_fn_name,
+            truncate_dim=self.truncate_dim,
+        )
+        write_folder(root, content, self.model.config.hidden_size)
+
+
+def _prepend(prompt: str, text: Text) -> Text:
+    """A prompt goes before the first text of a pair; what is no text is left for the tokenizer to name."""
+    if isinstance(text, str):
+        return prompt + text
+    if isinstance(text, (tuple, list)) and text and isinstance(text[0], str):
+        return (prompt + text[0], *text[1:])
+    return text
+
+
+def _position_limit(model: EncoderModel) -> int:
+    """Tokens that the model has positions for."""
+    return model.config.max_position_embeddings - model.position_offset
+
+
+def _dtype(name: str, device: torch.device) -> str:
+    if name not in DTYPES:
+        raise ValueError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")
+    cuda = device.type == "cuda"
+    if name == "auto":
+        return "float32" if not cuda else "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    if name == "float16" and not cuda:
+        raise ValueError("dtype 'float16' is for GPUs: use 'float32' or 'bfloat16' on a CPU")
+    if name == "int8" and cuda:
+        raise ValueError("dtype 'int8' is for CPUs: use 'bfloat16' on a GPU")
+    return name

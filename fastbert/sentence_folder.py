@@ -1,0 +1,225 @@
+"""A sentence-transformers folder in and out: `modules.json` and the files it names, in old and new spellings.
+
+It knows the file formats and the modules after pooling; it loads neither the encoder nor the tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastbert.pooling import Pooling
+from fastbert.weights import load_weights, read_json, save_weights
+
+CONFIG_NAME = "config_sentence_transformers.json"
+TRANSFORMER_CONFIG_NAMES = tuple(
+    f"sentence_{name}_config.json"
+    for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
+SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
+
+_ACTIVATIONS = {
+    f"{cls.__module__}.{cls.__name__}": cls
+    for cls in (nn.Identity, nn.Tanh, nn.ReLU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.LeakyReLU, nn.ELU, nn.Softplus, nn.Mish)
+}
+
+
+class Dense(nn.Module):
+    """act(W x + b), plus x (or its own projection) where `use_residual` says so."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.config = dict(config)
+        name = config.get("activation_function", "torch.nn.modules.activation.Tanh")
+        if name not in _ACTIVATIONS:
+            raise ValueError(f"Dense has activation_function {name!r}; known: {', '.join(_ACTIVATIONS)}")
+        inputs, outputs = config["in_features"], config["out_features"]
+        self.linear = nn.Linear(inputs, outputs, bias=config.get("bias", True))
+        self.act = _ACTIVATIONS[name]()
+        self.use_residual = config.get("use_residual", False)
+        self.residual = nn.Linear(inputs, outputs, bias=False) if self.use_residual and inputs != outputs else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(S, in_features) -> (S, out_features)."""
+        y = self.act(self.linear(x))
+        return y if not self.use_residual else y + (x if self.residual is None else self.residual(x))
+
+
+class LayerNorm(nn.Module):
+    """A layer norm of the vectors."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.config = dict(config)
+        self.norm = nn.LayerNorm(config["dimension"])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(S, D) -> (S, D)."""
+        return self.norm(x)
+
+
+class Normalize(nn.Module):
+    """Vectors of length 1."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.config = dict(config)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(S, D) -> (S, D)."""
+        return F.normalize(x, dim=-1)
+
+
+class Dropout(nn.Dropout):
+    """Does nothing at inference; kept so that saving loses no module."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__(config.get("dropout", 0.2))
+        self.config = dict(config)
+
+
+MODULES: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    cls.__name__: cls for cls in (Dense, LayerNorm, Normalize, Dropout)
+}
+
+
+@dataclass(frozen=True)
+class SentenceFolder:
+    """What a sentence-transformers folder says around the encoder.
+
+    Attributes:
+        transformer: folder of the encoder's and tokenizer's files.
+        pooling: how token states become a vector.
+        modules: applied to the vectors, in order; in fp32.
+        max_seq_length: tokens a text, None where no file says it.
+        do_lower_case: lower the text before tokenising.
+        prompts, default_prompt_name, similarity_fn_name, truncate_dim: as sentence-transformers names them.
+    """
+
+    transformer: Path
+    pooling: Pooling = field(default_factory=Pooling)
+    modules: nn.Sequential = field(default_factory=nn.Sequential)
+    max_seq_length: int | None = None
+    do_lower_case: bool = False
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    default_prompt_name: str | None = None
+    similarity_fn_name: str = "cosine"
+    truncate_dim: int | None = None
+
+
+def read_folder(folder: Path) -> SentenceFolder:
+    """Read what lies around the encoder. A plain encoder without `modules.json` gets mean pooling and a warning.
+
+    Raises:
+        FileNotFoundError: a file that `modules.json` promises is missing.
+        ValueError: a corrupt file, or a module that this package does not compute, by its name.
+    """
+    path = folder / "modules.json"
+    if path.is_file():
+        transformer, pooling, modules = _read_modules(path)
+    else:
+        transformer, pooling, modules = folder, Pooling(), nn.Sequential()
+        warnings.warn(f"{folder} has no modules.json: its token states are mean-pooled, not normalised", stacklevel=4)
+    names = [transformer / name for name in TRANSFORMER_CONFIG_NAMES]
+    sizes = next((read_json(name) for name in names if name.is_file()), {})
+    task = sizes.get("transformer_task", "feature-extraction")
+    if task != "feature-extraction":
+        raise ValueError(f"{transformer} is a model for {task}; only feature-extraction gives vectors of texts")
+    model = read_json(folder / CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else {}
+    similarity = model.get("similarity_fn_name") or "cosine"
+    if similarity not in SIMILARITIES:
+        raise ValueError(f"{folder / CONFIG_NAME}: similarity_fn_name {similarity!r} is not one of {SIMILARITIES}")
+    return SentenceFolder(
+        transformer,
+        pooling,
+        modules,
+        sizes.get("max_seq_length"),
+        bool(sizes.get("do_lower_case", False)),
+        {name: prompt or "" for name, prompt in (model.get("prompts") or {}).items()},
+        model.get("default_prompt_name"),
+        similarity,
+        model.get("truncate_dim"),
+    )
+
+
+def _read_modules(path: Path) -> tuple[Path, Pooling, nn.Sequential]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        kinds = [_kind(row["type"]) for row in rows]
+        folders = [path.parent / row["path"] for row in rows]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a list of modules with a type and a path each: {error!r}") from error
+    if kinds[:2] != ["Transformer", "Pooling"] or not set(kinds[2:]) <= set(MODULES):
+        raise ValueError(
+            f"{path} lists the modules {', '.join(kinds)}; computed here are Transformer, Pooling and then any of "
+            f"{', '.join(MODULES)}"
+        )
+    after = zip(kinds[2:], folders[2:], strict=True)
+    pooling = Pooling.from_config(read_json(folders[1] / "config.json"))
+    return folders[0], pooling, nn.Sequential(*(_read_module(kind, folder) for kind, folder in after))
+
+
+def _kind(dotted: str) -> str:
+    """The class's name; sentence-transformers moved its modules between packages, code of others is never run."""
+    package, _, name = dotted.rpartition(".")
+    return name if package.split(".")[0] == "sentence_transformers" else dotted
+
+
+def _read_module(kind: str, folder: Path) -> nn.Module:
+    path = folder / "config.json"
+    config = read_json(path) if path.is_file() or kind in ("Dense", "LayerNorm") else {}
+    for key in ("module_input_name", "module_output_name"):
+        if config.get(key) not in (None, "sentence_embedding"):
+            raise ValueError(f"{path}: {key} is {config[key]!r}; {kind} is computed on the sentence_embedding only")
+    try:
+        module = MODULES[kind](config)
+        if module.state_dict():
+            module.load_state_dict({name: tensor.float() for name, tensor in load_weights(folder).items()})
+    except KeyError as error:
+        raise ValueError(f"{path} lacks {error}") from error
+    except RuntimeError as error:  # names or shapes that differ
+        raise ValueError(f"{folder}: the weights do not fit config.json: {error}") from error
+    return module.eval()
+
+
+def write_folder(folder: Path, content: SentenceFolder, hidden_size: int) -> None:
+    """Write `modules.json`, all that it names, and the two configurations, next to an encoder in `folder`.
+
+    The types are those of sentence-transformers before version 5.4: newer releases and other servers read them too.
+    """
+    rows = [("Transformer", ""), ("Pooling", "1_Pooling")]
+    _write(folder / "1_Pooling" / "config.json", content.pooling.to_config(hidden_size))
+    for index, module in enumerate(content.modules, start=2):
+        kind = type(module).__name__
+        rows.append((kind, f"{index}_{kind}"))
+        _write(folder / rows[-1][1] / "config.json", cast(dict[str, Any], module.config))
+        if module.state_dict():
+            save_weights(module.state_dict(), folder / rows[-1][1])
+    listed = [
+        {"idx": i, "name": str(i), "path": where, "type": f"sentence_transformers.models.{kind}"}
+        for i, (kind, where) in enumerate(rows)
+    ]
+    sizes = {"max_seq_length": content.max_seq_length, "do_lower_case": content.do_lower_case}
+    _write(folder / TRANSFORMER_CONFIG_NAMES[0], sizes)
+    model: dict[str, Any] = {
+        "prompts": dict(content.prompts),
+        "default_prompt_name": content.default_prompt_name,
+        "similarity_fn_name": content.similarity_fn_name,
+    }
+    if content.truncate_dim is not None:
+        model["truncate_dim"] = content.truncate_dim
+    _write(folder / CONFIG_NAME, model)
+    _write(folder / "modules.json", listed)
+
+
+def _write(path: Path, value: Mapping[str, Any] | Sequence[Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

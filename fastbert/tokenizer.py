@@ -1,0 +1,151 @@
+"""Text to token ids: a thin wrapper over `tokenizers`, with the truncation of one model and never any padding."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import normalizers, pre_tokenizers
+
+from fastbert.tokenizer_files import lowercase_first, read_tokenizer
+from fastbert.weights import read_json
+
+Text = str | tuple[str, str]
+
+_SURROGATES = re.compile("[\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of N texts.
+
+    Attributes:
+        ids: N lists of ids, special tokens included, none longer than the tokenizer's `max_length`.
+        type_ids: N lists of segment ids, or None where no text is a pair (all would be 0).
+        truncated: N flags: the text had more tokens than fit.
+    """
+
+    ids: list[list[int]]
+    type_ids: list[list[int]] | None
+    truncated: list[bool]
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Texts to ids. Immutable, hence safe to share between threads; `with_max_length` gives a changed copy.
+
+    Attributes:
+        backend: the tokenizer proper; its own padding and truncation are replaced.
+        max_length: tokens of a text, special tokens included; what is beyond is cut.
+        config: content of `tokenizer_config.json`.
+    """
+
+    backend: tokenizers.Tokenizer
+    max_length: int
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        special = self.backend.num_special_tokens_to_add(is_pair=True)
+        if self.max_length <= special:
+            raise ValueError(f"max_seq_length is {self.max_length}, but a pair of texts has {special} special tokens")
+        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        backend.no_padding()
+        backend.enable_truncation(self.max_length, direction=self.config.get("truncation_side", "right"))
+        object.__setattr__(self, "backend", backend)
+
+    @classmethod
+    def from_folder(cls, folder: Path, limit: int, max_length: int | None = None, lowercase: bool = False) -> Tokenizer:
+        """From `tokenizer.json`, or for BERT's WordPiece from `vocab.txt`; `tokenizer_config.json` is heeded.
+
+        Args:
+            folder: where the files are.
+            limit: tokens that the model has positions for.
+            max_length: None = the smaller of `limit` and the configuration's `model_max_length`.
+            lowercase: lower the text first, whatever the tokenizer does (`do_lower_case` of sentence-transformers).
+
+        Raises:
+            FileNotFoundError: neither file.
+            ValueError: a corrupt file, or a `max_length` above `limit`.
+        """
+        if max_length is not None and max_length > limit:
+            raise ValueError(f"max_seq_length is {max_length} but the model has positions for {limit} tokens")
+        path = folder / "tokenizer_config.json"
+        config = read_json(path) if path.is_file() else {}
+        backend = read_tokenizer(folder, config)
+        if lowercase:
+            lowercase_first(backend)
+        if max_length is None:
+            max_length = min(int(config.get("model_max_length", limit)), limit)
+        return cls(backend, max_length, config)
+
+    def with_max_length(self, max_length: int) -> Tokenizer:
+        """The same tokenizer with another truncation."""
+        return Tokenizer(self.backend, max_length, self.config)
+
+    @property
+    def num_ids(self) -> int:
+        """One more than the greatest id that can come out."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode(self, texts: Sequence[Text]) -> Encoded:
+        """Tokenise texts, or pairs of them. Lone surrogates, which no UTF-8 text holds, are read as U+FFFD.
+
+        Raises:
+            TypeError: an element is neither a str nor a pair of str; its index and type are named.
+        """
+        encodings = self.backend.encode_batch_fast([self._checked(i, text) for i, text in enumerate(texts)])
+        pairs = any(not isinstance(text, str) for text in texts)
+        return Encoded(
+            [e.ids for e in encodings],
+            [e.type_ids for e in encodings] if pairs else None,
+            [bool(e.overflowing) for e in encodings],
+        )
+
+    def _checked(self, index: int, text: Text) -> Text:
+        if isinstance(text, str):
+            return self._head(_SURROGATES.sub("\ufffd", text))
+        if isinstance(text, (tuple, list)) and len(text) == 2 and all(isinstance(part, str) for part in text):
+            return _SURROGATES.sub("\ufffd", text[0]), _SURROGATES.sub("\ufffd", text[1])
+        raise TypeError(f"texts[{index}] must be a str or a pair of str, it is a {type(text).__name__}: {text!r:.80}")
+
+    def _head(self, text: str) -> str:
+        """A prefix that has the same first `max_length` tokens and is truncated too, or the text itself.
+
+        BERT's words are found from left to right, each by itself. So a cut changes at most the word it falls into and
+        those that a special token written out in the text, such as "[SEP]", may have begun: words before are as in
+        the whole text. A text of a megabyte costs as much as one of a few thousand characters.
+        """
+        cut = 16 * self.max_length
+        if len(text) <= 2 * cut or not self._reads_word_by_word():
+            return text
+        head = self.backend.encode(text[:cut])  # the fast call knows no words
+        if not head.overflowing:
+            return text
+        kept = max((w for w in head.word_ids if w is not None), default=-1)
+        found = max((w for rest in head.overflowing for w in rest.word_ids if w is not None), default=-1)
+        longest = max((len(t.content) for t in self.backend.get_added_tokens_decoder().values()), default=0)
+        return text[:cut] if found - kept > 2 * longest + 2 else text
+
+    def _reads_word_by_word(self) -> bool:
+        return (
+            isinstance(self.backend.pre_tokenizer, pre_tokenizers.BertPreTokenizer)
+            and isinstance(self.backend.normalizer, normalizers.BertNormalizer)
+            and self.config.get("truncation_side", "right") == "right"
+        )
+
+    def prompt_length(self, prompt: str) -> int:
+        """Leading tokens that a prompt takes: its tokens with the special ones, without a special one at the end."""
+        ids = self.encode([prompt]).ids[0]
+        special = {i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
+        return len(ids) - (bool(ids) and ids[-1] in special)
+
+    def save(self, folder: Path) -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json`."""
+        self.backend.save(str(folder / "tokenizer.json"))
+        config = {**self.config, "model_max_length": self.max_length}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

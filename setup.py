@@ -1,0 +1,95 @@
+"""Builds `fastbert._C`: csrc/*.cpp once, csrc/cpu/*.cpp once per instruction set, csrc/cuda/*.cu when nvcc is found.
+
+FASTBERT_NATIVE=0 leaves the extension out; FASTBERT_SANITIZE=1 builds it with the address and undefined sanitizers.
+"""
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+CSRC = Path("csrc")
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+X86 = {"portable": [], "avx2": AVX2, "avx512": AVX512}
+ISAS = X86 if platform.machine().lower() in ("x86_64", "amd64") else {"portable": []}
+SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined"] if os.environ.get("FASTBERT_SANITIZE") == "1" else []
+# No -ffast-math: NaN and infinity must come out as they went in, and loading must not change the denormal mode.
+CXXFLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno"]
+WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas"]
+ARCHITECTURES = ["arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90", "arch=compute_90,code=compute_90"]
+NVCCFLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", *(f"-gencode={a}" for a in ARCHITECTURES)]
+
+
+def run(command: list[str]) -> None:
+    """Run a compiler; a failure ends in what to do."""
+    print(shlex.join(command), flush=True)
+    if subprocess.run(command).returncode:
+        sys.exit(
+            f"fastbert: `{command[0]}` failed (above). Install a C++17 compiler with OpenMP (for instance g++ >= 9) "
+            "or set FASTBERT_NATIVE=0 to install without the native kernels."
+        )
+
+
+def is_fresh(target: Path, command: list[str]) -> bool:
+    """Whether `target` was made by this very command from files that have not changed since."""
+    stamp, depfile = target.with_suffix(".cmd"), target.with_suffix(".d")
+    if not (target.exists() and stamp.exists() and depfile.exists() and stamp.read_text() == shlex.join(command)):
+        return False
+    depends = [Path(p) for p in depfile.read_text().replace("\\\n", " ").split(":", 1)[1].split()]
+    return all(p.exists() and p.stat().st_mtime <= target.stat().st_mtime for p in depends)
+
+
+def compile_one(source: Path, target: Path, compiler: list[str]) -> None:
+    """Compile one file, unless its object is fresh."""
+    command = [*compiler, "-MMD", "-MF", str(target.with_suffix(".d")), "-c", str(source), "-o", str(target)]
+    if not is_fresh(target, command):
+        run(command)
+        target.with_suffix(".cmd").write_text(shlex.join(command))
+
+
+class BuildNative(build_ext):
+    """One object per source and instruction set, compiled in parallel and kept in build/ between builds."""
+
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        candidates = (os.environ.get("CXX"), "c++", "g++", "clang++")
+        cxx = next((c for c in candidates if c and shutil.which(c.split()[0])), "c++").split()
+        if not shutil.which(cxx[0]):
+            sys.exit("fastbert: no C++ compiler found. Install one (C++17, OpenMP) or set FASTBERT_NATIVE=0.")
+        nvcc = shutil.which("nvcc")
+        includes = [f"-I{CSRC}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+        base = [*cxx, *CXXFLAGS, *WARNINGS, *SANITIZE, *includes]
+        jobs = [(s, s.stem, base) for s in sorted(CSRC.glob("*.cpp"))]
+        for isa, flags in ISAS.items():
+            per_isa = [*base, *flags, f"-DFASTBERT_ISA={isa}"]
+            jobs += [(s, f"{s.stem}-{isa}", per_isa) for s in sorted((CSRC / "cpu").glob("*.cpp"))]
+        cuda = [(s, f"{s.stem}-cuda", [nvcc, *NVCCFLAGS, f"-I{CSRC}"]) for s in sorted((CSRC / "cuda").glob("*.cu"))]
+        jobs += cuda if nvcc else []
+
+        folder = Path("build") / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        folder.mkdir(parents=True, exist_ok=True)
+        targets = [folder / f"{name}.o" for _, name, _ in jobs]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda job, target: compile_one(job[0], target, job[2]), jobs, targets))
+        library = Path(self.get_ext_fullpath(ext.name))
+        library.parent.mkdir(parents=True, exist_ok=True)
+        # nvcc links where it compiled: it knows its own libcudart_static and what that needs.
+        link = [nvcc, "-shared", "-cudart=static", "-Xcompiler=-fopenmp"] if cuda and nvcc else [*cxx, "-shared"]
+        link += [] if cuda and nvcc else ["-fopenmp", *SANITIZE]
+        run([*link, *map(str, targets), "-o", str(library)])
+
+
+paths = [str(p) for p in sorted(CSRC.rglob("*")) if p.suffix in (".cpp", ".h", ".cu")]
+native = Extension("fastbert._C", [p for p in paths if p.endswith(".cpp")], depends=paths)
+wanted = os.environ.get("FASTBERT_NATIVE", "1") != "0"
+setup(ext_modules=[native] if wanted else [], cmdclass={"build_ext": BuildNative})
