@@ -70,7 +70,7 @@ def _bar(run: _Run, quiet: bool) -> Iterator[Callable[[], None]]:
     """A bar on stderr where that is a terminal; call what it yields after each part that was computed."""
     console = Console(stderr=True)
     columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    hidden = False
+    hidden = quiet or not console.is_terminal
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=hidden) as progress:
         task = progress.add_task("starting", total=None)
 
