@@ -19,6 +19,7 @@ from setuptools.command.build_ext import build_ext
 CSRC = Path("csrc")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+AVX512 += ["-Wno-uninitialized"]  # GCC 12 warns of its own immintrin.h
 X86 = {"portable": [], "avx2": AVX2, "avx512": AVX512}
 ISAS = X86 if platform.machine().lower() in ("x86_64", "amd64") else {"portable": []}
 SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined"] if os.environ.get("FASTBERT_SANITIZE") == "1" else []
@@ -62,10 +63,11 @@ class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         import pybind11
 
-        candidates = (os.environ.get("CXX"), "c++", "g++", "clang++")
-        cxx = next((c for c in candidates if c and shutil.which(c.split()[0])), "c++").split()
-        if not shutil.which(cxx[0]):
-            sys.exit("fastbert: no C++ compiler found. Install one (C++17, OpenMP) or set FASTBERT_NATIVE=0.")
+        candidates = [os.environ["CXX"]] if "CXX" in os.environ else ["c++", "g++", "clang++"]
+        cxx = next((c.split() for c in candidates if shutil.which(c.split()[0])), None)
+        if cxx is None:
+            wanted = " or ".join(candidates)
+            sys.exit(f"fastbert: {wanted} not found. Install a C++17 compiler with OpenMP or set FASTBERT_NATIVE=0.")
         nvcc = shutil.which("nvcc")
         includes = [f"-I{CSRC}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
         base = [*cxx, *CXXFLAGS, *WARNINGS, *SANITIZE, *includes]

@@ -3,7 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "kernels.h"
-#include "view.h"
+#include "bindings_view.h"
 
 namespace fastbert {
 

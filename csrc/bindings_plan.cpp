@@ -4,7 +4,7 @@
 #include <climits>
 
 #include "kernels.h"
-#include "view.h"
+#include "bindings_view.h"
 
 namespace fastbert {
 namespace {

@@ -40,7 +40,10 @@ class View {
     if (object.is_none()) return;
     if (!PyObject_TypeCheck(object.ptr(), torch.tensor))
       fail<py::type_error>("must be a torch tensor, got " + std::string(Py_TYPE(object.ptr())->tp_name));
-    if (torch.dlpack->tensor_from_object(object.ptr(), &tensor_) != 0) throw py::error_already_set();
+    if (torch.dlpack->tensor_from_object(object.ptr(), &tensor_) != 0) {
+      const py::error_already_set error;  // sparse, meta, fake: tensors without plain memory
+      fail<py::value_error>("is not a plain tensor on the CPU: " + std::string(error.what()));
+    }
     if (tensor_.device_type != 1) fail<py::value_error>("must be on the CPU, got " + text("device"));
     for (int64_t i = tensor_.ndim - 1, step = 1; i >= 0; step *= size(i--))
       if (size(i) > 1 && tensor_.strides[i] != step && numel() > 0)

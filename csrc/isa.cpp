@@ -11,10 +11,10 @@
 
 namespace fastbert {
 
-#define FASTBERT_DECLARE(isa)           \
-  namespace isa {                       \
-  template <class T>                    \
-  Kernels<T> table();                   \
+#define FASTBERT_DECLARE(isa)             \
+  namespace isa {                         \
+  template <class T>                      \
+  Kernels<T> table();                     \
   extern template Kernels<float> table(); \
   extern template Kernels<bf16> table();  \
   }

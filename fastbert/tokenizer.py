@@ -51,7 +51,7 @@ class Tokenizer:
 
     def __post_init__(self) -> None:
         special = self.backend.num_special_tokens_to_add(is_pair=True)
-        if self.max_length <= special:
+        if self.max_length < special:
             raise ValueError(f"max_seq_length is {self.max_length}, but a pair of texts has {special} special tokens")
         backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
         backend.no_padding()

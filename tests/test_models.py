@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 import fastbert
 from fastbert.models import encoder as encoder_module
+from fastbert.models import mpnet
 from fastbert.packing import pack, pack_padded
 from fastbert.testing import assert_within_budget
 
@@ -323,8 +324,8 @@ def test_names_outputs_and_order(family, tmp_path):
     with torch.no_grad():
         a = ours(**inputs, output_hidden_states=True, output_attentions=True)
         b = theirs(**inputs, output_hidden_states=True, output_attentions=True)
-    assert list(a.keys()) == [k for k in b.keys() if k != "cross_attentions"]  # a decoder's, empty here
-    for name in a.keys():
+    assert list(a) == [k for k in b if k != "cross_attentions"]  # a decoder's, empty here
+    for name in a:
         assert [x.shape for x in pytree.tree_leaves(a[name])] == [x.shape for x in pytree.tree_leaves(b[name])]
     assert a.last_hidden_state is a["last_hidden_state"] is a[0]
     kept = inputs["attention_mask"].bool()
@@ -372,6 +373,27 @@ def test_inputs_embeds_equal_ids(tmp_path):
     assert embeds.grad[~padding].abs().min() > 0
 
 
+@families
+def test_inputs_embeds_as_hugging_face(family, tmp_path):
+    ours, theirs = (model.double() for model in pair(family, tmp_path))
+    inputs = inputs_of(family)
+    ids, kept = inputs.pop("input_ids"), inputs["attention_mask"].bool()
+    states = [
+        model(inputs_embeds=model.get_input_embeddings()(ids), **inputs).last_hidden_state for model in (ours, theirs)
+    ]
+    assert (states[0] - states[1])[kept].abs().max() <= 1e-12
+
+
+@families
+def test_packed_call_equals_padded_call(family, tmp_path):
+    ours = pair(family, tmp_path)[0].double()
+    sequences = [[7, 8, 9], [11], [5] * 30]
+    batch = pack(sequences, position_offset=ours.position_offset)
+    for sequence, packed in zip(sequences, batch.split(ours.forward_packed(batch)), strict=True):
+        padded = ours(torch.tensor([sequence])).last_hidden_state[0]
+        torch.testing.assert_close(packed, padded, rtol=0, atol=1e-12)
+
+
 def test_only_real_tokens_reach_the_linears(tmp_path):
     ours, _ = pair(FAMILIES[0], tmp_path)
     inputs = ragged_inputs(SMALL["vocab_size"])
@@ -395,10 +417,12 @@ def test_a_sequence_alone_equals_itself_in_a_batch(tmp_path):
         torch.testing.assert_close(ours.forward_packed(pack([sequence])), part, rtol=0, atol=1e-13)
 
 
-def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path):
-    ours, _ = pair(FAMILIES[0], tmp_path)
+@pytest.mark.parametrize("name", ["bert", "mpnet", "albert-groups"])
+def test_gradient_checkpointing_changes_nothing_but_memory(name, tmp_path):
+    family = next(f for f in FAMILIES if f.name == name)
+    ours, _ = pair(family, tmp_path, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
     ours.train()
-    inputs = ragged_inputs(SMALL["vocab_size"])
+    inputs = inputs_of(family)
     results = []
     for enabled in (False, True):
         if enabled:
@@ -465,6 +489,44 @@ def test_config_keeps_what_it_does_not_know_and_counts_labels(tmp_path):
     assert transformers.BertConfig.from_pretrained(tmp_path).num_labels == 3
     with pytest.raises(TypeError, match=r"num_label'.*nearest: num_labels"):
         fastbert.BertConfig.from_dict(SMALL, num_label=3)
+
+
+def test_mpnet_buckets_equal_hugging_face_at_every_offset():
+    offsets = torch.arange(-600, 601)
+    theirs = transformers.models.mpnet.modeling_mpnet.MPNetEncoder.relative_position_bucket(offsets)
+    ours = mpnet.relative_buckets(offsets.device)
+    assert torch.equal(ours[offsets.clamp(-127, 127) + 127], theirs)
+
+
+def test_mpnet_long_sequences_and_a_larger_table(tmp_path):
+    config = MPNET | {"max_position_embeddings": 302, "relative_attention_num_buckets": 40, "num_hidden_layers": 1}
+    ours, theirs = pair(Family("mpnet", fastbert.MPNetModel, transformers.MPNetModel, config), tmp_path)
+    ids = torch.randint(5, 97, (1, 300), generator=torch.Generator().manual_seed(0))
+    assert_parity(ours, theirs, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, torch.float32)
+    with pytest.raises(ValueError, match=r"relative_attention_num_buckets is 31, .* 32 buckets"):
+        fastbert.MPNetConfig(relative_attention_num_buckets=31)
+
+
+def test_mpnet_refuses_masks_with_holes():
+    model = fastbert.MPNetModel(fastbert.MPNetConfig(**MPNET)).eval()
+    ids = torch.randint(5, 97, (2, 6))
+    mask = torch.tensor([[0, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 0]])
+    assert model(ids, mask).last_hidden_state.shape == (2, 6, 48)
+    mask[1, 2] = 0
+    for holes in (mask, mask.bool()[:, None, None]):
+        with pytest.raises(ValueError, match=r"drops tokens between .* left or right"):
+            model(ids, holes)
+
+
+def test_mpnet_takes_arguments_in_hugging_face_order(tmp_path):
+    ours, theirs = pair(next(f for f in FAMILIES if f.name == "mpnet"), tmp_path)
+    ids, positions = torch.randint(5, 97, (2, 6)), torch.arange(9, 15)[None]
+    a, b = ours(ids, None, positions, return_dict=False), theirs(ids, None, positions, return_dict=False)
+    torch.testing.assert_close(a[0], b[0], rtol=0, atol=1e-5)
+    head = fastbert.MPNetForTokenClassification(ours.config).eval()
+    named = head(input_ids=ids, position_ids=positions, labels=ids % 2).loss
+    assert torch.equal(head(ids, None, positions, None, ids % 2).loss, named)
+    assert not torch.equal(head(ids, None, None, None, ids % 2).loss, named)
 
 
 def test_import_is_light():

@@ -1,4 +1,6 @@
 // y = dropout(LN(word + token_type + position)): rows are gathered from the tables, in backward once more.
+#include <omp.h>
+
 #include "cpu/layer_norm.h"
 #include "cpu/table.h"
 
@@ -41,10 +43,11 @@ void embed_fwd(const int64_t* input_ids, const int64_t* position_ids, const int6
 
 // table[ids[row]] += dz[row] for all rows. Threads share out the columns, so every sum runs in the order of the tokens.
 void scatter_add(const int64_t* ids, const float* dz, float* table, int64_t rows, int64_t D, int64_t skip) {
-  constexpr int64_t kColumns = 64;
+  // As wide as the threads allow: each pass over the tokens touches the pages of the table again.
+  const int64_t share = round_up((D + omp_get_max_threads() - 1) / omp_get_max_threads(), 16);
 #pragma omp parallel for schedule(static) if (rows * D > kParallelWork)
-  for (int64_t column = 0; column < D; column += kColumns) {
-    const int64_t width = D - column < kColumns ? D - column : kColumns;
+  for (int64_t column = 0; column < D; column += share) {
+    const int64_t width = D - column < share ? D - column : share;
     for (int64_t row = 0; row < rows; ++row) {
       if (ids[row] == skip) continue;
       float* to = table + ids[row] * D + column;

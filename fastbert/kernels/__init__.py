@@ -10,3 +10,7 @@ DTYPES: dict[str, tuple[torch.dtype, ...]] = {}  # op -> dtypes its kernel takes
 def supports(op: str, device_type: str, dtype: torch.dtype) -> bool:
     """Whether this backend computes `op` on that device and dtype."""
     return device_type == "cuda" and dtype in DTYPES.get(op, ())
+
+
+def require() -> None:
+    """Nothing to check before the first kernel."""

@@ -65,20 +65,14 @@ class AlbertConfig(Config):
         super().validate()
         activation(self.hidden_act)
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
-            )
+            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of {self.num_attention_heads} heads")
 
 
 _LAYER = "encoder.albert_layer_groups.{}.albert_layers.{}."
 
 NAMES = NameTable(
     {
-        _LAYER + "attention.qkv": (
-            _LAYER + "attention.query",
-            _LAYER + "attention.key",
-            _LAYER + "attention.value",
-        ),
+        _LAYER + "attention.qkv": (_LAYER + "attention.query", _LAYER + "attention.key", _LAYER + "attention.value"),
         _LAYER + "attention_LayerNorm": _LAYER + "attention.LayerNorm",
         _LAYER + "feed_forward.intermediate": _LAYER + "ffn",
         _LAYER + "feed_forward.output": _LAYER + "ffn_output",
@@ -96,21 +90,16 @@ class AlbertLayer(Layer):
         self.output_LayerNorm.dropout_p = 0.0
 
 
-class AlbertLayerGroup(nn.Module):
-    """Layers that run, and are shared, together."""
-
-    def __init__(self, config: AlbertConfig) -> None:
-        super().__init__()
-        self.albert_layers = nn.ModuleList(AlbertLayer(config) for _ in range(config.inner_group_num))
-
-
 class AlbertEncoder(LayerStack):
     """Embedding size to hidden size (sec. 3.1, factorised embeddings), then the groups, each many times over."""
 
     def __init__(self, config: AlbertConfig) -> None:
         super().__init__()
         self.embedding_hidden_mapping_in = nn.Linear(config.embedding_size, config.hidden_size)
-        self.albert_layer_groups = nn.ModuleList(AlbertLayerGroup(config) for _ in range(config.num_hidden_groups))
+        self.albert_layer_groups = nn.ModuleList(
+            nn.ModuleDict({"albert_layers": nn.ModuleList(AlbertLayer(config) for _ in range(config.inner_group_num))})
+            for _ in range(config.num_hidden_groups)
+        )
         per_group = config.num_hidden_layers / config.num_hidden_groups  # need not be whole
         self.group_of_layer = [int(i / per_group) for i in range(config.num_hidden_layers)]
 
@@ -118,8 +107,7 @@ class AlbertEncoder(LayerStack):
         """(T, E) -> (T, D)."""
         x = self.embedding_hidden_mapping_in(x)
         for group in self.group_of_layer:
-            layers: Any = self.albert_layer_groups[group].albert_layers
-            for layer in layers:
+            for layer in self.albert_layer_groups[group].get_submodule("albert_layers").children():
                 x = self.run(layer, trace.hidden(x), batch, trace)
         return trace.hidden(x)
 
@@ -250,21 +238,14 @@ class AlbertForPreTraining(AlbertHead):
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
             output_attentions, output_hidden_states,
         )  # fmt: skip
-        both = labels is not None and sentence_order_label is not None
-        with_logits = not (both and self.training) if output_logits is None else output_logits
-        labels_T = encoded.padding.pack(labels) if both and labels is not None else None
-        mlm_loss, logits = vocabulary_loss(self.predictions, encoded.hidden_TD, labels_T, with_logits)
+        labels_T = None if labels is None or sentence_order_label is None else encoded.padding.pack(labels)
+        with_logits = (labels_T is None or not self.training) if output_logits is None else output_logits
+        loss, logits = vocabulary_loss(self.predictions, encoded.hidden_TD, labels_T, with_logits)
         order = self.sop_classifier(self.pooled(encoded))
-        loss = None
-        if mlm_loss is not None and sentence_order_label is not None:
-            loss = mlm_loss + cross_entropy(order, sentence_order_label.reshape(-1))
-        output = AlbertForPreTrainingOutput(
-            loss,
-            None if logits is None else encoded.unpack(logits),
-            order,
-            encoded.hidden_states,
-            encoded.attentions,
-        )
+        if loss is not None and sentence_order_label is not None:
+            loss = loss + cross_entropy(order, sentence_order_label.reshape(-1))
+        unpacked = None if logits is None else encoded.unpack(logits)
+        output = AlbertForPreTrainingOutput(loss, unpacked, order, encoded.hidden_states, encoded.attentions)
         return self.finish(output, return_dict)
 
 

@@ -164,6 +164,7 @@ class DistilBertModel(DistilBertPreTrainedModel, EncoderModel):
         return self.finish(self.output(encoded), return_dict)
 
     def output(self, encoded: Encoded) -> BaseModelOutput:
+        """Without a pooler."""
         return BaseModelOutput(encoded.unpack(encoded.hidden_TD), encoded.hidden_states, encoded.attentions)
 
 

@@ -93,6 +93,7 @@ class ElectraModel(EncoderModel):
         return self.encoder(x, batch, trace or Trace())
 
     def output(self, encoded: Encoded) -> BaseModelOutput:
+        """Without a pooler."""
         return BaseModelOutput(encoded.unpack(encoded.hidden_TD), encoded.hidden_states, encoded.attentions)
 
 
@@ -188,7 +189,8 @@ class ElectraForPreTraining(ElectraHead):
         logits = self.discriminator_predictions(encoded.hidden_TD)
         loss = None
         if labels is not None:
-            loss = F.binary_cross_entropy_with_logits(logits, encoded.padding.pack(labels).to(logits.dtype))
+            scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            loss = F.binary_cross_entropy_with_logits(scores, encoded.padding.pack(labels).to(scores.dtype))
         output = ElectraForPreTrainingOutput(loss, encoded.unpack(logits), encoded.hidden_states, encoded.attentions)
         return self.finish(output, return_dict)
 

@@ -111,9 +111,7 @@ class SelfAttention(nn.Module):
         if trace.attentions is not None:
             trace.attentions.append(attention_probs(qkv, batch.cu_seqlens, rel_bias=rel_bias))
         p = self.dropout_p if self.training else 0.0
-        context = attention(
-            qkv, batch.cu_seqlens, batch.max_seqlen, dropout_p=p, seed=draw_seed(p), rel_bias=rel_bias
-        )
+        context = attention(qkv, batch.cu_seqlens, batch.max_seqlen, dropout_p=p, seed=draw_seed(p), rel_bias=rel_bias)
         return self.dense(context.flatten(1))
 
 

@@ -185,7 +185,7 @@ class PreTrainedModel(nn.Module):
         if missing:
             warnings.warn(
                 f"{source} has no weights for {', '.join(missing)}: they are initialised at random, train before use",
-                stacklevel=4,
+                stacklevel=3,
             )
         self.load_state_dict(state, strict=False, assign=True)
         for name, parameter in list(self.named_parameters()):

@@ -34,7 +34,7 @@ class Int8Linear(nn.Module):
         return int8_linear(x, self.weight, self.weight_scale, self.bias)
 
 
-def quantize_int8(model: M, keep: Sequence[str] = ("qkv",)) -> M:
+def quantize_int8(model: M, keep: Sequence[str] = ("qkv", "embedding_hidden_mapping_in")) -> M:
     """Swap, in place, the linear layers of the encoder for `Int8Linear`; the float weights are let go.
 
     Args:

@@ -1,7 +1,8 @@
 """Which backend computes an op: the only file that knows the backends' names.
 
-A backend is a module with `supports(op, device_type, dtype)` and, for each op it has, `<op>_fwd` and `<op>_bwd`:
-it allocates and launches, it never touches autograd and never falls back. Backends are imported on first use.
+A backend is a module with `require()` (raises ImportError where it cannot run at all), `supports(op, device_type, dtype)`
+and, for each op it has, `<op>_fwd` and `<op>_bwd`: it allocates and launches, it never touches autograd and never falls
+back. Backends are imported on first use.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ def _choose(op: str, device_type: str, dtype: torch.dtype, forced: str | None) -
     if forced == REFERENCE:
         return None
     if forced is not None:
+        _module(forced).require()
         if not _module(forced).supports(op, device_type, dtype):
             raise NotImplementedError(
                 f"backend {forced!r} has no {op} for {dtype} on {device_type}; "

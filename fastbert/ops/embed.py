@@ -111,7 +111,7 @@ def embed(
 
     Raises:
         IndexError: ids outside a table (checked on the CPU only).
-        ValueError: id tensors of different lengths, or a dropout probability outside [0, 1).
+        ValueError: id tensors of different lengths, tables of different dtypes, or a dropout probability outside [0, 1).
     """
     if input_ids.ndim != 1 or position_ids.shape != input_ids.shape:
         raise ValueError(
@@ -119,6 +119,9 @@ def embed(
         )
     if (type_ids is None) != (token_type is None):
         raise ValueError("type_ids and the token_type table go together: give both or neither")
+    dtypes = {t.dtype for t in (word, position, token_type) if t is not None}
+    if len(dtypes) > 1:
+        raise ValueError(f"the embedding tables must have one dtype, got {', '.join(sorted(map(str, dtypes)))}")
     _check_ids("input_ids", input_ids, word)
     _check_ids("position_ids", position_ids, position)
     if type_ids is not None and token_type is not None:

@@ -17,16 +17,14 @@ def pool_ref(hidden: torch.Tensor, cu_seqlens: torch.Tensor, mode: str) -> torch
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
     empty = (lengths == 0)[:, None]
     zero = hidden.new_zeros(())
+    if hidden.shape[0] == 0:
+        return hidden.new_zeros(S, D)
     if mode in ("cls", "lasttoken"):
-        if hidden.shape[0] == 0:
-            return hidden.new_zeros(S, D)
         rows = starts if mode == "cls" else starts + lengths - 1
         return torch.where(empty, zero, hidden[rows.clamp(0, hidden.shape[0] - 1)])
     segments = torch.repeat_interleave(torch.arange(S, device=hidden.device), lengths)
     if mode == "max":
-        out = hidden.new_full((S, D), float("-inf"))
-        out = out.scatter_reduce(0, segments[:, None].expand(-1, D), hidden, "amax", include_self=False)
-        return torch.where(empty, zero, out)
+        return torch.where(empty, zero, hidden.gather(0, _first_maximum(hidden.detach(), segments, S)))
     wide = torch.promote_types(hidden.dtype, torch.float32)
     values, weights = hidden.to(wide), torch.ones(hidden.shape[0], dtype=wide, device=hidden.device)
     if mode == "weightedmean":
@@ -37,6 +35,16 @@ def pool_ref(hidden: torch.Tensor, cu_seqlens: torch.Tensor, mode: str) -> torch
     if mode == "mean_sqrt_len_tokens":
         norm = norm.sqrt()
     return (total / norm[:, None]).to(hidden.dtype)
+
+
+def _first_maximum(hidden: torch.Tensor, segments: torch.Tensor, S: int) -> torch.Tensor:
+    """(S, D) row of each segment's maximum; the first one gets the gradient of a tie, as with `torch.max`."""
+    T, D = hidden.shape
+    index = segments[:, None].expand(-1, D)
+    top = hidden.new_zeros(S, D).scatter_reduce(0, index, hidden, "amax", include_self=False)
+    rows = torch.arange(T, device=hidden.device)[:, None]
+    hits = torch.where((hidden == top[segments]) | hidden.isnan(), rows, T - 1)
+    return rows.new_zeros(S, D).scatter_reduce(0, index, hits, "amin", include_self=False)
 
 
 class PoolFunction(torch.autograd.Function):
