@@ -13,19 +13,34 @@ if TYPE_CHECKING:
     from fastbert.models import *  # noqa: F403
     from fastbert.ops import use_backend
     from fastbert.packing import PackedBatch, pack, pack_padded
+    from fastbert.swap import FastbertFallbackWarning, accelerate, accelerated, restore
 
 __version__ = "0.1.0"
 
 # Where each name lives; what is not listed is looked for in fastbert.models, the families and heads.
 _HOMES = {
     "Embedder": "embedder",
+    "FastbertFallbackWarning": "swap",
     "PackedBatch": "packing",
+    "accelerate": "swap",
+    "accelerated": "swap",
     "pack": "packing",
     "pack_padded": "packing",
+    "restore": "swap",
     "use_backend": "ops",
 }
 
-__all__ = ["Embedder", "PackedBatch", "pack", "pack_padded", "use_backend"]
+__all__ = [
+    "Embedder",
+    "FastbertFallbackWarning",
+    "PackedBatch",
+    "accelerate",
+    "accelerated",
+    "pack",
+    "pack_padded",
+    "restore",
+    "use_backend",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -174,8 +174,9 @@ def test_lengths(tmp_path):
     assert Tokenizer.from_folder(tmp_path, limit=77).max_length == 33
     with pytest.raises(ValueError, match="max_seq_length is 78 but the model has positions for 77"):
         Tokenizer.from_folder(tmp_path, limit=77, max_length=78)
-    with pytest.raises(ValueError, match="max_seq_length is 3, but a pair of texts has 3 special tokens"):
-        Tokenizer.from_folder(tmp_path, limit=77, max_length=3)
+    with pytest.raises(ValueError, match="max_seq_length is 2, but a pair of texts has 3 special tokens"):
+        Tokenizer.from_folder(tmp_path, limit=77, max_length=2)
+    assert Tokenizer.from_folder(tmp_path, limit=77, max_length=3).encode(["a b c"]).ids[0][0] == 101
 
 
 def test_prompt_length_counts_cls_but_no_sep(tokenizer):
