@@ -21,7 +21,7 @@ check: .venv/.dev  ## lint, types, house rules: seconds
 	@$(BIN)/python -m pytest -q tests/test_house.py
 
 test: .venv/.test .venv/.weights  ## the whole suite
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n auto
 
 test-gpu: .venv/.test .venv/.weights  ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu

@@ -532,3 +532,33 @@ def test_mpnet_takes_arguments_in_hugging_face_order(tmp_path):
 def test_import_is_light():
     code = "import sys, fastbert; print(any(m in sys.modules for m in ('transformers', 'fastapi', 'pyarrow', 'rich')))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("sinusoidal", [False, True])
+def test_distilbert_takes_more_positions(sinusoidal):
+    config = fastbert.DistilBertConfig(
+        vocab_size=50, dim=16, n_layers=1, n_heads=2, hidden_dim=24, max_position_embeddings=8,
+        sinusoidal_pos_embds=sinusoidal,
+    )  # fmt: skip
+    model = fastbert.DistilBertModel(config).eval()
+    ids = torch.randint(5, 50, (1, 8))
+    before = model(ids).last_hidden_state
+    model.resize_position_embeddings(12)
+    assert torch.equal(model(ids).last_hidden_state, before)
+    assert model.config.max_position_embeddings == model.get_position_embeddings().num_embeddings == 12
+    assert torch.isfinite(model(torch.randint(5, 50, (1, 12))).last_hidden_state).all()
+    if sinusoidal:
+        longer = fastbert.DistilBertModel(config.replace(max_position_embeddings=12))
+        assert torch.equal(longer.get_position_embeddings().weight, model.get_position_embeddings().weight)
+    with pytest.raises(ValueError, match="at least 1 position"):
+        model.resize_position_embeddings(0)
+
+
+def test_a_config_of_another_family_is_refused():
+    with pytest.raises(TypeError, match="BertModel needs a BertConfig, got RobertaConfig"):
+        fastbert.BertModel(fastbert.RobertaConfig())
+
+
+def test_null_in_a_config_stays_null_where_it_means_something():
+    assert fastbert.BertConfig.from_dict(SMALL | {"pad_token_id": None}).pad_token_id is None
+    assert fastbert.BertConfig.from_dict(SMALL | {"num_hidden_layers": None}).num_hidden_layers == 12

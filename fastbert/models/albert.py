@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastbert.models.activations import activation
-from fastbert.models.config import Config
+from fastbert.models.config import EncoderConfig
 from fastbert.models.encoder import (
     AddLayerNorm,
     Dropout,
@@ -38,7 +38,7 @@ from fastbert.weights import NameTable, speak_hf_names
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlbertConfig(Config):
+class AlbertConfig(EncoderConfig):
     """ALBERT-xxlarge unless told otherwise; base is 768 / 12 / 3072 (hidden, heads, feed-forward)."""
 
     model_type: ClassVar[str] = "albert"
@@ -46,7 +46,6 @@ class AlbertConfig(Config):
     vocab_size: int = 30000
     embedding_size: int = 128
     hidden_size: int = 4096
-    num_hidden_layers: int = 12
     num_hidden_groups: int = 1
     num_attention_heads: int = 64
     intermediate_size: int = 16384
@@ -54,18 +53,8 @@ class AlbertConfig(Config):
     hidden_act: str = "gelu_new"
     hidden_dropout_prob: float = 0.0
     attention_probs_dropout_prob: float = 0.0
-    max_position_embeddings: int = 512
     type_vocab_size: int = 2
-    initializer_range: float = 0.02
-    layer_norm_eps: float = 1e-12
     classifier_dropout_prob: float = 0.1
-    pad_token_id: int | None = 0
-
-    def validate(self) -> None:
-        super().validate()
-        activation(self.hidden_act)
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of {self.num_attention_heads} heads")
 
 
 _LAYER = "encoder.albert_layer_groups.{}.albert_layers.{}."

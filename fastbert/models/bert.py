@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastbert.models.activations import activation
-from fastbert.models.config import Config
+from fastbert.models.config import EncoderConfig
 from fastbert.models.encoder import AddLayerNorm, Dropout, Embeddings, Encoded, Encoder, EncoderModel, Layers, Pooler
 from fastbert.models.heads import (
     HeadModel,
@@ -27,33 +27,13 @@ from fastbert.weights import NameTable, speak_hf_names
 
 
 @dataclass(frozen=True, kw_only=True)
-class BertConfig(Config):
+class BertConfig(EncoderConfig):
     """BERT-base unless told otherwise; large is 1024 / 24 / 16 / 4096."""
 
     model_type: ClassVar[str] = "bert"
 
-    vocab_size: int = 30522
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
-    max_position_embeddings: int = 512
     type_vocab_size: int = 2
-    initializer_range: float = 0.02
-    layer_norm_eps: float = 1e-12
-    pad_token_id: int | None = 0
     classifier_dropout: float | None = None
-
-    def validate(self) -> None:
-        super().validate()
-        activation(self.hidden_act)
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
-            )
 
 
 NAMES = NameTable(
@@ -133,7 +113,7 @@ TIED = {
 }
 
 
-def classifier_dropout(config: BertConfig) -> Dropout:
+def classifier_dropout(config: Any) -> Dropout:
     """Dropout before a classifier: `classifier_dropout`, or the hidden states' where that is None."""
     return Dropout(config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from fastbert.hub import resolve
+from fastbert.models.activations import activation
 from fastbert.weights import nearest, read_json
 
 C = TypeVar("C", bound="Config")
@@ -77,11 +78,12 @@ class Config:
         if "num_labels" in overrides and overrides["num_labels"] != len(values.get("id2label") or {}):
             values.pop("id2label", None)
             values.pop("label2id", None)
-        known = {name: value for name, value in values.items() if name in names and value is not None}
+        nullable = {name for name, f in names.items() if "None" in str(f.type)}
+        known = {k: v for k, v in values.items() if k in names and (v is not None or k in nullable)}
         for name, value in known.items():
             default = names[name].default
             kinds = (int, float) if isinstance(default, float) else (int,) if type(default) is int else ()
-            if kinds and (not isinstance(value, kinds) or isinstance(value, bool)):
+            if kinds and value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
                 raise ValueError(f"config.json: {name} must be a number like {default!r}, it is {value!r}")
         extra = {name: value for name, value in values.items() if name not in names}
         return cls(**{**known, **overrides}, extra=extra)
@@ -116,3 +118,29 @@ class Config:
         scratch = path.with_suffix(".json.saving")
         scratch.write_text(json.dumps({**self.to_dict(), **more}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         os.replace(scratch, path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig(Config):
+    """The fields that most families share, with BERT-base's values."""
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int | None = 0
+
+    def validate(self) -> None:
+        super().validate()
+        activation(self.hidden_act)
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+            )

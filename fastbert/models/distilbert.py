@@ -146,6 +146,27 @@ class DistilBertModel(DistilBertPreTrainedModel, EncoderModel):
         self.init_weights()
         speak_hf_names(self, NAMES)
 
+    def get_position_embeddings(self) -> nn.Embedding:
+        """The table of position embeddings."""
+        return self.embeddings.position_embeddings
+
+    def resize_position_embeddings(self, new_num_position_embeddings: int) -> None:
+        """Take texts of up to so many tokens: first rows are kept, new ones are fresh (or the sinusoid's).
+
+        Raises:
+            ValueError: a number below 1.
+        """
+        if new_num_position_embeddings < 1:
+            raise ValueError(f"there must be at least 1 position, got {new_num_position_embeddings}")
+        old = self.embeddings.position_embeddings.weight
+        table = nn.Embedding(new_num_position_embeddings, old.shape[1], device=old.device, dtype=old.dtype)
+        self._init_parameter("embeddings.position_embeddings.weight", table.weight)
+        kept = min(old.shape[0], new_num_position_embeddings)
+        with torch.no_grad():
+            table.weight[:kept] = old[:kept]
+        self.embeddings.position_embeddings = table
+        self.config = self.config.replace(max_position_embeddings=new_num_position_embeddings)
+
     def forward(  # type: ignore[override]  # Hugging Face orders this family's arguments differently
         self,
         input_ids: Tensor | None = None,

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastbert.models.activations import activation
-from fastbert.models.bert import NAMES, BertConfig, classifier_dropout
+from fastbert.models.bert import NAMES, classifier_dropout
+from fastbert.models.config import EncoderConfig
 from fastbert.models.encoder import (
     AddLayerNorm,
     Dropout,
@@ -40,7 +41,7 @@ SUMMARIES = {"first": "cls", "last": "lasttoken", "mean": "mean", "cls_index": "
 
 
 @dataclass(frozen=True, kw_only=True)
-class ElectraConfig(BertConfig):
+class ElectraConfig(EncoderConfig):
     """ELECTRA-small's discriminator unless told otherwise. The `summary_*` fields are multiple choice's alone."""
 
     model_type: ClassVar[str] = "electra"
@@ -49,6 +50,8 @@ class ElectraConfig(BertConfig):
     hidden_size: int = 256
     num_attention_heads: int = 4
     intermediate_size: int = 1024
+    type_vocab_size: int = 2
+    classifier_dropout: float | None = None
     summary_type: str = "first"
     summary_use_proj: bool = True
     summary_activation: str = "gelu"

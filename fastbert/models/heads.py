@@ -16,6 +16,7 @@ from fastbert.models.activations import Activation
 from fastbert.models.encoder import Dropout, Encoded, EncoderModel, Layers
 from fastbert.models.outputs import (
     MaskedLMOutput,
+    ModelOutput,
     MultipleChoiceModelOutput,
     NextSentencePredictorOutput,
     QuestionAnsweringModelOutput,
@@ -106,64 +107,70 @@ class ClassificationHead(nn.Module):
         return self.out_proj(self.dropout(self.act(self.dense(self.dropout(hidden)))))
 
 
-class SequenceClassification(HeadModel):
-    """One row of logits a sequence."""
+class LabelledHead(HeadModel):
+    """The call that most tasks share: the base model's, with `labels`."""
+
+    def result(self, encoded: Encoded, labels: Tensor | None) -> ModelOutput:
+        """The task's output."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: Layers | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
+        """As the base model; with `labels`, as the class describes them, the output has a `loss`."""
+        encoded = self.base_model.encode(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
+            output_attentions, output_hidden_states,
+        )  # fmt: skip
+        return self.finish(self.result(encoded, labels), return_dict)
+
+
+class SequenceClassification(LabelledHead):
+    """One row of logits a sequence. Labels as `config.problem_type` says; where that is None, as they themselves do."""
 
     def logits(self, encoded: Encoded) -> Tensor:
         """(S, num_labels)."""
         raise NotImplementedError
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: Layers | None = None,
-        return_dict: bool | None = None,
-    ) -> SequenceClassifierOutput | tuple[Any, ...]:
-        """As the base model, with `labels` for the loss of `config.problem_type` (None: inferred at each call)."""
-        encoded = self.base_model.encode(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
-            output_attentions, output_hidden_states,
-        )  # fmt: skip
+    def result(self, encoded: Encoded, labels: Tensor | None) -> SequenceClassifierOutput:
         logits = self.logits(encoded)
         loss = None if labels is None else classification_loss(logits, labels, self.config.problem_type)
-        output = SequenceClassifierOutput(loss, logits, encoded.hidden_states, encoded.attentions)
-        return self.finish(output, return_dict)
+        return SequenceClassifierOutput(loss, logits, encoded.hidden_states, encoded.attentions)
 
 
-class TokenClassification(HeadModel):
-    """One row of logits a token."""
+class TokenClassification(LabelledHead):
+    """One row of logits a token. Labels (B, L): classes, -100 = none."""
 
     def logits(self, encoded: Encoded) -> Tensor:
         """(T, num_labels)."""
         raise NotImplementedError
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: Layers | None = None,
-        return_dict: bool | None = None,
-    ) -> TokenClassifierOutput | tuple[Any, ...]:
-        """As the base model, with `labels` (B, L): classes, -100 = none."""
-        encoded = self.base_model.encode(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
-            output_attentions, output_hidden_states,
-        )  # fmt: skip
+    def result(self, encoded: Encoded, labels: Tensor | None) -> TokenClassifierOutput:
         logits = self.logits(encoded)
         loss = None if labels is None else cross_entropy(logits, encoded.padding.pack(labels))
-        output = TokenClassifierOutput(loss, encoded.unpack(logits), encoded.hidden_states, encoded.attentions)
-        return self.finish(output, return_dict)
+        return TokenClassifierOutput(loss, encoded.unpack(logits), encoded.hidden_states, encoded.attentions)
+
+
+class NextSentencePrediction(LabelledHead):
+    """Does the second segment follow the first? Labels (B): 0 = it does, 1 = it is a random one."""
+
+    def logits(self, encoded: Encoded) -> Tensor:
+        """(S, 2)."""
+        raise NotImplementedError
+
+    def result(self, encoded: Encoded, labels: Tensor | None) -> NextSentencePredictorOutput:
+        logits = self.logits(encoded)
+        loss = None if labels is None else cross_entropy(logits, labels.reshape(-1))
+        return NextSentencePredictorOutput(loss, logits, encoded.hidden_states, encoded.attentions)
 
 
 class QuestionAnswering(HeadModel):
@@ -238,36 +245,6 @@ class MultipleChoice(HeadModel):
         logits = self.logits(encoded).view(-1, choices)
         loss = None if labels is None else cross_entropy(logits, labels)
         output = MultipleChoiceModelOutput(loss, logits, encoded.hidden_states, encoded.attentions)
-        return self.finish(output, return_dict)
-
-
-class NextSentencePrediction(HeadModel):
-    """Does the second segment follow the first? Label 0 = it does."""
-
-    def logits(self, encoded: Encoded) -> Tensor:
-        """(S, 2)."""
-        raise NotImplementedError
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: Layers | None = None,
-        return_dict: bool | None = None,
-    ) -> NextSentencePredictorOutput | tuple[Any, ...]:
-        """As the base model, with `labels` (B): 0 = the next sentence, 1 = a random one."""
-        encoded = self.base_model.encode(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
-            output_attentions, output_hidden_states,
-        )  # fmt: skip
-        logits = self.logits(encoded)
-        loss = None if labels is None else cross_entropy(logits, labels.reshape(-1))
-        output = NextSentencePredictorOutput(loss, logits, encoded.hidden_states, encoded.attentions)
         return self.finish(output, return_dict)
 
 

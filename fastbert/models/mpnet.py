@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastbert.models.activations import activation
-from fastbert.models.config import Config
+from fastbert.models.config import EncoderConfig
 from fastbert.models.encoder import Dropout, Embeddings, Encoded, Encoder, EncoderModel, Pooler, Trace
 from fastbert.models.heads import (
     ClassificationHead,
@@ -36,32 +35,17 @@ MAX_DISTANCE = 128
 
 
 @dataclass(frozen=True, kw_only=True)
-class MPNetConfig(Config):
+class MPNetConfig(EncoderConfig):
     """MPNet-base unless told otherwise; its checkpoints have 514 positions and an eps of 1e-5."""
 
     model_type: ClassVar[str] = "mpnet"
 
     vocab_size: int = 30527
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
-    max_position_embeddings: int = 512
-    initializer_range: float = 0.02
-    layer_norm_eps: float = 1e-12
     relative_attention_num_buckets: int = 32
     pad_token_id: int | None = 1
 
     def validate(self) -> None:
         super().validate()
-        activation(self.hidden_act)
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
-            )
         if self.relative_attention_num_buckets < NUM_BUCKETS:
             raise ValueError(
                 f"relative_attention_num_buckets is {self.relative_attention_num_buckets}, but MPNet sorts offsets "
@@ -188,12 +172,13 @@ class MPNetHead(HeadModel):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        *rest: Any,
+        labels: torch.Tensor | None = None,
+        *,
         token_type_ids: torch.Tensor | None = None,
         **options: Any,
     ) -> Any:
         """As the task's `forward`, in this family's order; `token_type_ids` are accepted and mean nothing."""
-        return super().forward(input_ids, attention_mask, None, position_ids, inputs_embeds, *rest, **options)
+        return super().forward(input_ids, attention_mask, None, position_ids, inputs_embeds, labels, **options)
 
 
 class MPNetForMaskedLM(MPNetHead, MaskedLM):  # type: ignore[misc]
@@ -241,13 +226,38 @@ class MPNetForTokenClassification(MPNetHead, TokenClassification):  # type: igno
         return self.classifier(self.dropout(encoded.hidden_TD))
 
 
-class MPNetForQuestionAnswering(MPNetHead, QuestionAnswering):  # type: ignore[misc]
+class MPNetForQuestionAnswering(MPNetHead, QuestionAnswering):
     """Start and end scores for every token."""
 
     def __init__(self, config: MPNetConfig) -> None:
         super().__init__(config, MPNetModel(config, add_pooling_layer=False))
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        start_positions: torch.Tensor | None = None,
+        end_positions: torch.Tensor | None = None,
+        *,
+        token_type_ids: torch.Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        """As `QuestionAnswering.forward`, in this family's order."""
+        return QuestionAnswering.forward(
+            self,
+            input_ids,
+            attention_mask,
+            None,
+            position_ids,
+            inputs_embeds,
+            start_positions,
+            end_positions,
+            **options,
+        )
 
     def logits(self, encoded: Encoded) -> torch.Tensor:
         return self.qa_outputs(encoded.hidden_TD)

@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from fastbert.models.bert import NAMES, BertConfig, classifier_dropout
+from fastbert.models.bert import NAMES, classifier_dropout
+from fastbert.models.config import EncoderConfig
 from fastbert.models.encoder import AddLayerNorm, Dropout, Embeddings, Encoded, Encoder, EncoderModel, Pooler
 from fastbert.models.heads import (
     ClassificationHead,
@@ -29,13 +30,15 @@ from fastbert.weights import speak_hf_names
 
 
 @dataclass(frozen=True, kw_only=True)
-class RobertaConfig(BertConfig):
+class RobertaConfig(EncoderConfig):
     """The class's defaults; published checkpoints have 514 positions, 1 segment type and a layer-norm eps of 1e-5."""
 
     model_type: ClassVar[str] = "roberta"
 
     vocab_size: int = 50265
+    type_vocab_size: int = 2
     pad_token_id: int | None = 1
+    classifier_dropout: float | None = None
 
     def validate(self) -> None:
         super().validate()

@@ -1,8 +1,8 @@
 """Which backend computes an op: the only file that knows the backends' names.
 
-A backend is a module with `require()` (raises ImportError where it cannot run at all), `supports(op, device_type, dtype)`
-and, for each op it has, `<op>_fwd` and `<op>_bwd`: it allocates and launches, it never touches autograd and never falls
-back. Backends are imported on first use.
+A backend is a module with `require()` (ImportError where it cannot run at all), `supports(op, device_type, dtype)` and
+for each op it has `<op>_fwd` and `<op>_bwd`: it allocates and launches, it never touches autograd and never falls back.
+Backends are imported on first use.
 """
 
 from __future__ import annotations

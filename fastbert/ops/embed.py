@@ -111,7 +111,7 @@ def embed(
 
     Raises:
         IndexError: ids outside a table (checked on the CPU only).
-        ValueError: id tensors of different lengths, tables of different dtypes, or a dropout probability outside [0, 1).
+        ValueError: id tensors of different lengths, tables of different dtypes, or `dropout_p` outside [0, 1).
     """
     if input_ids.ndim != 1 or position_ids.shape != input_ids.shape:
         raise ValueError(

@@ -5,7 +5,7 @@ One thing changes, on the instance: encoder and layers get a class of this room,
 served too, no configuration changes, and no attention is registered (half registered, Hugging Face drops the mask).
 """
 
-from fastbert.swap.attach import accelerate, accelerated, restore
+from fastbert.swap.attach import FastbertPaddingWarning, accelerate, accelerated, restore
 from fastbert.swap.encoders import FastbertFallbackWarning
 
-__all__ = ["FastbertFallbackWarning", "accelerate", "accelerated", "restore"]
+__all__ = ["FastbertFallbackWarning", "FastbertPaddingWarning", "accelerate", "accelerated", "restore"]

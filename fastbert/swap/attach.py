@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -24,6 +25,10 @@ _STOCK = {packed: packed.__bases__[1] for packed in _PACKED}
 _TWIN = {stock: packed for packed, stock in _STOCK.items()}
 
 
+class FastbertPaddingWarning(UserWarning):
+    """Hugging Face's own head reads padded positions, which are zero now; the message says what that changes."""
+
+
 def accelerate(model: M) -> M:
     """Let a live model compute its encoder on packed tokens; it is changed in place and returned.
 
@@ -39,6 +44,9 @@ def accelerate(model: M) -> M:
     Hidden states at padding are zero, where Hugging Face's mean nothing. A head that reads them anyway sees that:
     question answering's loss takes its softmax over padding too.
 
+    Warns:
+        FastbertPaddingWarning: question answering, whose loss in transformers depends on the values at padding.
+
     Raises:
         TypeError: no encoder of these families in the model, or one whose classes somebody else has replaced.
         ValueError: a decoder, or cross-attention.
@@ -53,6 +61,13 @@ def accelerate(model: M) -> M:
         _check(module)
     for module in swapped:
         module.__class__ = _TWIN.get(type(module), type(module))
+    if any(name.rpartition(".")[2] == "qa_outputs" for name, _ in model.named_modules()):
+        warnings.warn(
+            "transformers' question answering takes its softmax over padding too: on ragged batches its loss differs "
+            "from before, as padded positions are zero now. fastbert's own ...ForQuestionAnswering leaves them out",
+            FastbertPaddingWarning,
+            stacklevel=2,
+        )
     return model
 
 

@@ -44,8 +44,8 @@ def _plain(module: nn.Module, kind: type) -> bool:
 
 
 def _linears(x: torch.Tensor, *modules: Any) -> torch.Tensor:
-    """Outputs of several linears side by side; one GEMM where none of them is wrapped."""
-    if all(_plain(m, nn.Linear) for m in modules):
+    """Outputs of several linears side by side; one GEMM where none is wrapped and weights are the smaller copy."""
+    if x.shape[0] > x.shape[1] and all(_plain(m, nn.Linear) for m in modules):
         weight, bias = torch.cat([m.weight for m in modules]), torch.cat([m.bias for m in modules])
         return F.linear(x, weight, bias)
     return torch.cat([m(x) for m in modules], dim=-1)
