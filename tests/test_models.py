@@ -417,6 +417,41 @@ def test_a_sequence_alone_equals_itself_in_a_batch(tmp_path):
         torch.testing.assert_close(ours.forward_packed(pack([sequence])), part, rtol=0, atol=1e-13)
 
 
+def test_checkpointed_layers_run_twice():
+    model = fastbert.BertModel(fastbert.BertConfig(**SMALL)).train()
+    calls = []
+    for i, layer in enumerate(model.encoder.layer):
+        layer.register_forward_pre_hook(lambda *args, i=i: calls.append(i))  # recomputation stops early
+    for every, expected in ((1, [0, 1, 2, 2, 1, 0]), (2, [0, 1, 2, 2, 0]), (None, [0, 1, 2])):
+        if every is None:
+            model.activation_checkpointing_disable()
+        else:
+            model.activation_checkpointing_enable(every_n_layers=every)
+        calls.clear()
+        model(torch.ones(1, 3).long()).last_hidden_state.sum().backward()
+        assert calls == expected
+    with pytest.raises(ValueError, match="offload is True"):
+        model.gradient_checkpointing_enable(offload=True)
+
+
+def test_config_takes_what_training_loops_set():
+    config = fastbert.BertConfig(**SMALL)
+    config.use_cache = False
+    config.id2label = {0: "no", 1: "yes", 2: "maybe"}
+    assert config.num_labels == 3
+    assert config.label2id["maybe"] == 2
+    config.num_labels = 2
+    assert config.id2label == {0: "LABEL_0", 1: "LABEL_1"}
+    config.problem_type = "regression"
+    assert config.to_dict()["use_cache"] is config.use_cache is False
+    with pytest.raises(AttributeError, match=r"config\.replace\(hidden_size=64\)"):
+        config.hidden_size = 64
+    with pytest.raises(AttributeError, match="has no 'no_such_thing'"):
+        config.no_such_thing  # noqa: B018
+    assert config.replace(hidden_size=96).hidden_size == 96
+    assert config.replace(num_labels=5).num_labels == 5
+
+
 @pytest.mark.parametrize("name", ["bert", "mpnet", "albert-groups"])
 def test_gradient_checkpointing_changes_nothing_but_memory(name, tmp_path):
     family = next(f for f in FAMILIES if f.name == name)
@@ -426,7 +461,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(name, tmp_path):
     results = []
     for enabled in (False, True):
         if enabled:
-            ours.gradient_checkpointing_enable()
+            ours.gradient_checkpointing_enable(every_n_layers=2)
         assert ours.is_gradient_checkpointing == enabled
         ours.zero_grad()
         torch.manual_seed(5)  # dropout is on: the recomputation must draw the same bits

@@ -125,6 +125,39 @@ def test_sentence_pairs(minilm, tokenizer):
     torch.testing.assert_close(*outputs, rtol=0, atol=5e-6)
 
 
+@pytest.mark.parametrize("head", ["BertForSequenceClassification", "BertForMaskedLM"])
+@pytest.mark.filterwarnings("ignore:.*activation_checkpointing_enable:FutureWarning")
+def test_trainer_takes_our_models(head, tmp_path):
+    """Hugging Face's Trainer: checkpointing of activations, evaluation with metrics, saving, the best model again."""
+    config = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config |= {"intermediate_size": 64, "max_position_embeddings": 32, "initializer_range": 0.1}
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    torch.manual_seed(0)
+    theirs = getattr(transformers, head)(transformers.BertConfig(**config)).double()
+    ours = getattr(fastbert, head)(fastbert.BertConfig(**config)).double()
+    ours.load_state_dict(theirs.state_dict())
+    ids = torch.randint(5, 60, (24, 12)).tolist()
+    labels = [i % 2 for i in range(24)] if "Sequence" in head else ids
+    rows = [{"input_ids": x, "attention_mask": [1] * 12, "labels": y} for x, y in zip(ids, labels, strict=True)]
+    curves = []
+    for name, model in (("ours", ours), ("theirs", theirs)):
+        arguments = transformers.TrainingArguments(
+            tmp_path / name, num_train_epochs=2, per_device_train_batch_size=8, logging_steps=1, save_strategy="epoch",
+            eval_strategy="epoch", load_best_model_at_end=True, gradient_checkpointing=True, report_to="none",
+            disable_tqdm=True, use_cpu=True, learning_rate=1e-3,
+        )  # fmt: skip
+        trainer = transformers.Trainer(
+            model, arguments, train_dataset=rows, eval_dataset=rows[:8],
+            compute_metrics=lambda p: {"logits": float(p.predictions.mean())},
+        )  # fmt: skip
+        trainer.train()
+        history = trainer.state.log_history
+        curves.append([x[k] for x in history for k in ("loss", "eval_loss", "eval_logits") if k in x])
+    assert len(curves[0]) == 6 + 4
+    assert curves[0] == pytest.approx(curves[1], rel=1e-6)
+    assert curves[0][0] != curves[0][5]
+
+
 def test_half_padding_costs_half_the_flops():
     """Counted, not timed: rows of which half the positions are padding."""
     config = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 256, "num_hidden_layers": 2}

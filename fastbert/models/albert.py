@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -37,7 +38,7 @@ from fastbert.packing import PackedBatch
 from fastbert.weights import NameTable, speak_hf_names
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class AlbertConfig(EncoderConfig):
     """ALBERT-xxlarge unless told otherwise; base is 768 / 12 / 3072 (hidden, heads, feed-forward)."""
 
@@ -94,11 +95,12 @@ class AlbertEncoder(LayerStack):
 
     def forward(self, x: torch.Tensor, batch: PackedBatch, trace: Trace) -> torch.Tensor:
         """(T, E) -> (T, D)."""
-        x = self.embedding_hidden_mapping_in(x)
+        return self.run(self.layers(), self.embedding_hidden_mapping_in(x), batch, trace)
+
+    def layers(self) -> Iterator[nn.Module]:
+        """Layers in the order in which they run; shared ones come again."""
         for group in self.group_of_layer:
-            for layer in self.albert_layer_groups[group].get_submodule("albert_layers").children():
-                x = self.run(layer, trace.hidden(x), batch, trace)
-        return trace.hidden(x)
+            yield from self.albert_layer_groups[group].get_submodule("albert_layers").children()
 
 
 class AlbertModel(EncoderModel):

@@ -26,7 +26,7 @@ from fastbert.ops import cross_entropy
 from fastbert.weights import NameTable, speak_hf_names
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class BertConfig(EncoderConfig):
     """BERT-base unless told otherwise; large is 1024 / 24 / 16 / 4096."""
 

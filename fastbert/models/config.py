@@ -17,11 +17,18 @@ from fastbert.weights import nearest, read_json
 C = TypeVar("C", bound="Config")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """Architecture of a checkpoint, with Hugging Face's field names and defaults. Immutable: see `replace`.
+# What a task or a training loop may set on a live configuration. Everything else is the architecture.
+_SETTABLE = frozenset(
+    ("id2label", "label2id", "num_labels", "problem_type", "output_hidden_states", "output_attentions", "return_dict")
+)
 
-    `extra` keeps the keys of a `config.json` that mean nothing here, so that saving loses none of them.
+
+@dataclass(kw_only=True)
+class Config:
+    """Architecture of a checkpoint, with Hugging Face's field names and defaults.
+
+    The architecture is immutable (see `replace`); labels and outputs may be set. A name that is no field, such as
+    `use_cache`, lives in `extra` with the keys of a `config.json` that mean nothing here: saving loses none of them.
     """
 
     model_type: ClassVar[str] = ""
@@ -34,18 +41,45 @@ class Config:
     output_hidden_states: bool = False
     output_attentions: bool = False
     return_dict: bool = True
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.id2label is None:
-            id2label = {i: f"LABEL_{i}" for i in range(self.num_labels)}
-        else:
-            id2label = {int(i): str(label) for i, label in self.id2label.items()}
-        object.__setattr__(self, "id2label", id2label)
-        object.__setattr__(self, "num_labels", len(id2label))
-        if self.label2id is None or len(self.label2id) != len(id2label):
-            object.__setattr__(self, "label2id", {label: i for i, label in id2label.items()})
+        self._set_labels(self.id2label, self.num_labels)
         self.validate()
+        vars(self)["_sealed"] = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "_sealed" not in vars(self):
+            vars(self)[name] = value
+        elif name in ("id2label", "num_labels"):
+            vars(self)["label2id"] = None
+            self._set_labels(*((value, 0) if name == "id2label" else (None, value)))
+        elif name in _SETTABLE:
+            vars(self)[name] = value
+        elif name in self.__dataclass_fields__:
+            raise AttributeError(
+                f"{name} is part of the architecture: use config.replace({name}={value!r}) before building a model, "
+                "or model.resize_token_embeddings for another vocabulary"
+            )
+        else:
+            self.extra[name] = value
+
+    def __getattr__(self, name: str) -> Any:
+        extra = vars(self).get("extra", {})
+        if name not in extra:
+            raise AttributeError(f"{type(self).__name__} has no {name!r}")
+        return extra[name]
+
+    def _set_labels(self, id2label: Mapping[int, str] | None, num_labels: int) -> None:
+        """Bring number, names and ids of labels in line."""
+        if id2label is None:
+            names = {i: f"LABEL_{i}" for i in range(num_labels)}
+        else:
+            names = {int(i): str(label) for i, label in id2label.items()}
+        label2id = vars(self).get("label2id")
+        if label2id is None or len(label2id) != len(names):
+            label2id = {label: i for i, label in names.items()}
+        vars(self).update(id2label=names, num_labels=len(names), label2id=label2id)
 
     def validate(self) -> None:
         """Raise ValueError on an architecture this package does not compute."""
@@ -120,7 +154,7 @@ class Config:
         os.replace(scratch, path)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class EncoderConfig(Config):
     """The fields that most families share, with BERT-base's values."""
 

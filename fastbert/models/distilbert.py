@@ -27,7 +27,7 @@ from fastbert.weights import NameTable, speak_hf_names
 Tensor = torch.Tensor
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class DistilBertConfig(Config):
     """DistilBERT-base unless told otherwise. The properties give its fields the names that the layers read."""
 
@@ -118,8 +118,9 @@ class DistilBertPreTrainedModel(PreTrainedModel):
     )  # fmt: skip
 
     @torch.no_grad()
-    def _init_parameter(self, name: str, parameter: Tensor) -> None:
-        super()._init_parameter(name, parameter)
+    def init_parameter(self, name: str, parameter: Tensor) -> None:
+        """As usual, but a sinusoidal table of positions starts out as one."""
+        super().init_parameter(name, parameter)
         if self.config.sinusoidal_pos_embds and name.endswith("position_embeddings.weight"):
             parameter.copy_(sinusoids(*parameter.shape))
 
@@ -160,7 +161,7 @@ class DistilBertModel(DistilBertPreTrainedModel, EncoderModel):
             raise ValueError(f"there must be at least 1 position, got {new_num_position_embeddings}")
         old = self.embeddings.position_embeddings.weight
         table = nn.Embedding(new_num_position_embeddings, old.shape[1], device=old.device, dtype=old.dtype)
-        self._init_parameter("embeddings.position_embeddings.weight", table.weight)
+        self.init_parameter("embeddings.position_embeddings.weight", table.weight)
         kept = min(old.shape[0], new_num_position_embeddings)
         with torch.no_grad():
             table.weight[:kept] = old[:kept]

@@ -40,7 +40,7 @@ from fastbert.weights import nearest, speak_hf_names
 SUMMARIES = {"first": "cls", "last": "lasttoken", "mean": "mean", "cls_index": "lasttoken"}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class ElectraConfig(EncoderConfig):
     """ELECTRA-small's discriminator unless told otherwise. The `summary_*` fields are multiple choice's alone."""
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from fastbert.models.activations import activation
+from fastbert.models.layer_stack import LayerStack, Trace
 from fastbert.models.outputs import BaseModelOutput, BaseModelOutputWithPooling
 from fastbert.models.pretrained import PreTrainedModel
 from fastbert.ops import add_layer_norm, attention, embed, pool
@@ -23,20 +23,6 @@ from fastbert.ops.dropout import draw_seed, dropout_ref
 from fastbert.packing import PackedBatch, Padding, pack_padded
 
 Layers = bool | int | Sequence[int]
-
-
-@dataclass
-class Trace:
-    """What a forward pass records on request: hidden states (T, D) and probabilities, each a list over layers."""
-
-    hidden_states: list[torch.Tensor] | None = None
-    attentions: list[list[torch.Tensor]] | None = None
-
-    def hidden(self, hidden_TD: torch.Tensor) -> torch.Tensor:
-        """Record and pass on."""
-        if self.hidden_states is not None:
-            self.hidden_states.append(hidden_TD)
-        return hidden_TD
 
 
 class Dropout(nn.Dropout):
@@ -148,20 +134,6 @@ class Layer(nn.Module):
         return self.output_LayerNorm(self.feed_forward(x), x)
 
 
-class LayerStack(nn.Module):
-    """Whatever runs layers one after the other, on request with gradient checkpointing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.checkpoint_kwargs: dict[str, Any] | None = None
-
-    def run(self, layer: nn.Module, x: torch.Tensor, *args: Any) -> torch.Tensor:
-        """One layer; with gradient checkpointing its activations are computed again in backward."""
-        if self.checkpoint_kwargs is None or not (self.training and torch.is_grad_enabled()):
-            return layer(x, *args)
-        return checkpoint(layer, x, *args, **self.checkpoint_kwargs)
-
-
 class Encoder(LayerStack):
     """`num_hidden_layers` layers, each with weights of its own."""
 
@@ -171,9 +143,7 @@ class Encoder(LayerStack):
 
     def forward(self, x: torch.Tensor, batch: PackedBatch, trace: Trace) -> torch.Tensor:
         """(T, D) -> (T, D)."""
-        for layer in self.layer:
-            x = self.run(layer, trace.hidden(x), batch, trace)
-        return trace.hidden(x)
+        return self.run(self.layer, x, batch, trace)
 
 
 class Pooler(nn.Module):
@@ -246,19 +216,6 @@ class EncoderModel(PreTrainedModel):
     def set_input_embeddings(self, table: nn.Embedding) -> None:
         """Replace the table of word embeddings."""
         self.embeddings.word_embeddings = table
-
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Keep only each layer's input in training; `gradient_checkpointing_kwargs` go to torch's `checkpoint`."""
-        self.encoder.checkpoint_kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Keep all activations again."""
-        self.encoder.checkpoint_kwargs = None
-
-    @property
-    def is_gradient_checkpointing(self) -> bool:
-        """Whether layers are recomputed in backward."""
-        return self.encoder.checkpoint_kwargs is not None
 
     def padded_positions(self, input_ids: torch.Tensor | None, shape: tuple[int, int]) -> torch.Tensor | None:
         """(B, L) position ids that the family gives a padded batch; None = the column."""

@@ -50,19 +50,6 @@ class HeadModel(PreTrainedModel):
         """Replace the table of word embeddings."""
         self.base_model.set_input_embeddings(table)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """See `EncoderModel.gradient_checkpointing_enable`."""
-        self.base_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Keep all activations again."""
-        self.base_model.gradient_checkpointing_disable()
-
-    @property
-    def is_gradient_checkpointing(self) -> bool:
-        """Whether layers are recomputed in backward."""
-        return self.base_model.is_gradient_checkpointing
-
 
 def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tensor:
     """The loss of `problem_type`, or of the type that the number of labels and the labels' dtype imply.

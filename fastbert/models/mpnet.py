@@ -34,7 +34,7 @@ NUM_BUCKETS = 32  # fixed, whatever `relative_attention_num_buckets` says: that 
 MAX_DISTANCE = 128
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class MPNetConfig(EncoderConfig):
     """MPNet-base unless told otherwise; its checkpoints have 514 positions and an eps of 1e-5."""
 
@@ -94,9 +94,7 @@ class MPNetEncoder(Encoder):
         """(T, D) -> (T, D)."""
         table = self.relative_attention_bias.weight
         rel_bias = F.embedding(relative_buckets(table.device), table).mT  # (H, 2 * MAX_DISTANCE - 1)
-        for layer in self.layer:
-            x = self.run(layer, trace.hidden(x), batch, trace, rel_bias)
-        return trace.hidden(x)
+        return self.run(self.layer, x, batch, trace, rel_bias)
 
 
 class MPNetModel(EncoderModel):

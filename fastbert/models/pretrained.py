@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -13,8 +12,10 @@ from torch import nn
 
 from fastbert.hub import resolve
 from fastbert.models.config import Config
+from fastbert.models.layer_stack import LayerStack
+from fastbert.models.loading import take_over
 from fastbert.models.outputs import ModelOutput
-from fastbert.weights import legacy_names, load_weights, match_names, nearest, read_json, save_weights
+from fastbert.weights import load_weights, read_json, save_weights
 
 M = TypeVar("M", bound="PreTrainedModel")
 
@@ -45,9 +46,55 @@ class PreTrainedModel(nn.Module):
         """Dtype of the first parameter."""
         return next(self.parameters()).dtype
 
-    def num_parameters(self, only_trainable: bool = False) -> int:
-        """Number of parameters, shared ones counted once."""
-        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Number of parameters, shared ones counted once; on request without the tables of embeddings."""
+        tables = {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)} if exclude_embeddings else set()
+        wanted = (p for p in self.parameters() if (p.requires_grad or not only_trainable) and id(p) not in tables)
+        return sum(p.numel() for p in wanted)
+
+    def gradient_checkpointing_enable(
+        self,
+        gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """Keep only the input of every `every_n_layers`-th layer in training, and run those again in backward.
+
+        Args:
+            gradient_checkpointing_kwargs: go to `torch.utils.checkpoint.checkpoint`; `use_reentrant` is False.
+
+        Raises:
+            ValueError: `offload`, which is not supported, or `every_n_layers` below 1.
+        """
+        if offload or every_n_layers < 1:
+            raise ValueError(f"offload is {offload} (unsupported), every_n_layers is {every_n_layers} (1 or more)")
+        for stack in self._layer_stacks():
+            stack.checkpoint_kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+            stack.checkpoint_every = every_n_layers
+
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """The newer name of `gradient_checkpointing_enable`."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep all activations again."""
+        for stack in self._layer_stacks():
+            stack.checkpoint_kwargs = None
+
+    activation_checkpointing_disable = gradient_checkpointing_disable
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether layers are computed again in backward."""
+        return any(stack.checkpoint_kwargs is not None for stack in self._layer_stacks())
+
+    def _layer_stacks(self) -> list[LayerStack]:
+        return [module for module in self.modules() if isinstance(module, LayerStack)]
 
     def finish(self, output: ModelOutput, return_dict: bool | None) -> Any:
         """The output itself, or its tuple where `return_dict` (None = as the configuration says) is False."""
@@ -79,14 +126,16 @@ class PreTrainedModel(nn.Module):
         """Tie and initialise: the last line of a model's constructor."""
         self.tie_weights()
         self.init_weights()
+        self.register_state_dict_post_hook(_copy_tied)
 
     def init_weights(self) -> None:
         """Fresh weights: normal(0, initializer_range), zero biases, unit layer norms, a zero padding row."""
         for name, parameter in self.named_parameters():
-            self._init_parameter(name, parameter)
+            self.init_parameter(name, parameter)
 
     @torch.no_grad()
-    def _init_parameter(self, name: str, parameter: torch.Tensor) -> None:
+    def init_parameter(self, name: str, parameter: torch.Tensor) -> None:
+        """A fresh value for one parameter, in place."""
         if name.endswith("bias"):
             parameter.zero_()
         elif name.lower().endswith(("layernorm.weight", "layer_norm.weight")):
@@ -139,63 +188,11 @@ class PreTrainedModel(nn.Module):
             config = config.replace(**options)
         with torch.device("meta"):
             model = cls(config, **arguments)
-        info = model._load(load_weights(folder), tuple(ignore_unexpected), str(folder))
+        info = take_over(model, load_weights(folder), tuple(ignore_unexpected), str(folder))
         if dtype not in (None, "auto"):
             model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         model.to(device or "cpu").eval()
         return (model, info) if output_loading_info else model
-
-    def _load(self, state: dict[str, torch.Tensor], ignored: tuple[str, ...], source: str) -> dict[str, list[str]]:
-        """Take over a checkpoint's tensors (they are not copied); parameters without one are initialised."""
-        legacy_names(state)
-        expected = {k: v.shape for k, v in self.state_dict().items()}
-        prefix = self.base_model_prefix + "."
-        missing, unexpected = match_names(state, expected, prefix)
-        for name, source_name in self.active_tied_keys().items():
-            present = [k for k in (name, source_name) if k in state]
-            if len(present) == 1:  # files hold either one of a tied pair, or both
-                state.setdefault(name, state[present[0]])
-                state.setdefault(source_name, state[present[0]])
-                missing = [k for k in missing if k not in (name, source_name)]
-        roots = tuple(f"{p}{root}." for root in self.head_roots for p in ("", prefix))
-        heads = (*roots, *ignored)
-        fatal = [k for k in unexpected if not k.startswith(heads)]
-        if fatal:
-            more = f" and {len(fatal) - 1} more" if len(fatal) > 1 else ""
-            raise KeyError(
-                f"{source} has the weight {fatal[0]}{more}, which {type(self).__name__} does not know"
-                f"{nearest(fatal[0], expected)}. Is config.json the right one? "
-                f"To leave it out: from_pretrained(..., ignore_unexpected=[{fatal[0].split('.')[0] + '.'!r}])"
-            )
-        fatal = [k for k in missing if not k.startswith(roots)]
-        if fatal:
-            more = f" and {len(fatal) - 1} more" if len(fatal) > 1 else ""
-            raise KeyError(
-                f"{source} lacks the weight {fatal[0]}{more} of {type(self).__name__}"
-                f"{nearest(fatal[0], unexpected or state)}. Is config.json the right one?"
-            )
-        for key in unexpected:
-            del state[key]
-        for key, tensor in state.items():
-            if tensor.shape != expected[key]:
-                raise ValueError(
-                    f"{source}: {key} has shape {tuple(tensor.shape)} in the file but {tuple(expected[key])} by the "
-                    "configuration: config.json and the weights do not belong together"
-                )
-        if missing:
-            warnings.warn(
-                f"{source} has no weights for {', '.join(missing)}: they are initialised at random, train before use",
-                stacklevel=3,
-            )
-        self.load_state_dict(state, strict=False, assign=True)
-        for name, parameter in list(self.named_parameters()):
-            if parameter.is_meta:
-                fresh = nn.Parameter(torch.empty_like(parameter, device="cpu"))
-                self._init_parameter(name, fresh)
-                owner, _, leaf = name.rpartition(".")
-                setattr(self.get_submodule(owner), leaf, fresh)
-        self.tie_weights()
-        return {"missing_keys": missing, "unexpected_keys": unexpected}
 
     def save_pretrained(self, folder: str | os.PathLike[str], max_shard_size: int | str = "5GB") -> None:
         """Write `config.json` and `model.safetensors` (sharded past `max_shard_size`) with Hugging Face's names.
@@ -266,3 +263,11 @@ class PreTrainedModel(nn.Module):
             mean, spread = (old.mean(0), old.std(0) * 1e-4) if mean_resizing else (0.0, self.config.initializer_range)
             new[kept:] = mean + spread * torch.randn_like(new[kept:])
         return new
+
+
+def _copy_tied(module: nn.Module, state: dict[str, torch.Tensor], prefix: str, metadata: Any) -> None:
+    """Give tied entries of a state dict memory of their own: safetensors refuses two names for one tensor."""
+    assert isinstance(module, PreTrainedModel)
+    for name in (prefix + key for key in module.active_tied_keys()):
+        if name in state:
+            state[name] = state[name].clone()

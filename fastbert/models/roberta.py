@@ -29,7 +29,7 @@ from fastbert.ops import gelu
 from fastbert.weights import speak_hf_names
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class RobertaConfig(EncoderConfig):
     """The class's defaults; published checkpoints have 514 positions, 1 segment type and a layer-norm eps of 1e-5."""
 
@@ -186,7 +186,7 @@ class RobertaForMultipleChoice(RobertaHead, MultipleChoice):
         return self.classifier(self.dropout(self.roberta.pooler(encoded.hidden_TD, encoded.batch)))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class XLMRobertaConfig(RobertaConfig):
     """XLM-RoBERTa; published checkpoints have a vocabulary of 250002."""
 
@@ -231,7 +231,7 @@ class XLMRobertaForMultipleChoice(RobertaForMultipleChoice):
     config_class = XLMRobertaConfig
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class CamembertConfig(RobertaConfig):
     """CamemBERT; published checkpoints have a vocabulary of 32005."""
 
