@@ -87,16 +87,18 @@ def main() -> None:
         title=f"{harness.device_name(device)}, {dtype}, {torch.get_num_threads()} threads, load {harness.load()}; "
         f"roofs: copy {roofs.bytes_s / 1e9:.0f} GB/s, GEMM {roofs.flop_s / 1e12:.2f} TFLOP/s"
     )
-    for column in ("op", "case", "mode", "backend", "ms p50", "p20 - p80", "GB/s", "% of roof", "x reference"):
-        table.add_column(column, justify="left" if column in ("op", "case", "mode", "backend") else "right")
+    for column in ("op", "case", "mode", "backend", "ms (p20, p80)", "GB/s", "% roof", "x ref"):
+        text = column in ("op", "case", "mode", "backend")
+        table.add_column(column, justify="left" if text else "right", no_wrap=True)
     reference = {(r.op, r.case, r.mode): r.ms_p50 for r in rows if r.backend == dispatch.REFERENCE}
     for r in rows:
         speedup = reference[r.op, r.case, r.mode] / r.ms_p50
         table.add_row(
-            r.op, r.case, r.mode, r.backend, f"{r.ms_p50:.3f}", f"{r.ms_p20:.3f} - {r.ms_p80:.3f}",
-            f"{r.gb_s:.1f}", f"{r.roof_percent:.0f}", f"{speedup:.2f}",
+            r.op, r.case, r.mode, r.backend, f"{r.ms_p50:.3f} ({r.ms_p20:.3f}, {r.ms_p80:.3f})", f"{r.gb_s:.1f}",
+            f"{r.roof_percent:.0f}", f"{speedup:.2f}",
         )  # fmt: skip
-    Console().print(table)
+    console = Console()
+    console.print(table, width=max(console.width, 110), soft_wrap=True)
     name = f"ops-{harness.device_name(device)}".lower()
     path = harness.write(rows, "".join(c if c.isalnum() else "-" for c in name))
     print(f"{len(rows)} rows in {path.relative_to(harness.RESULTS.parent.parent)}")
