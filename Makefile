@@ -26,8 +26,9 @@ test: .venv/.test .venv/.weights  ## the whole suite
 test-gpu: .venv/.test .venv/.weights  ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu
 
-bench: .venv/.built  ## every op against its reference, rows to benchmarks/results
+bench: .venv/.test .venv/.weights  ## ops against their references, texts to vectors against peers; rows to benchmarks/results
 	@$(BIN)/python -m benchmarks.ops
+	@$(BIN)/python -m benchmarks.encoder
 
 size:  ## lines of code by room
 	@git ls-files '*.py' '*.cpp' '*.h' '*.cu' | xargs wc -l | sort -n | tail -60

@@ -7,6 +7,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -14,6 +15,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -135,3 +137,8 @@ def write(rows: list[Row], name: str) -> Path:
 def today() -> str:
     """ISO date."""
     return date.today().isoformat()
+
+
+def console() -> Console:
+    """The terminal; in a pipe wide enough for a table."""
+    return Console(width=None if sys.stdout.isatty() else 140)

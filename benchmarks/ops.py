@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks import harness
@@ -97,8 +96,7 @@ def main() -> None:
             r.op, r.case, r.mode, r.backend, f"{r.ms_p50:.3f} ({r.ms_p20:.3f}, {r.ms_p80:.3f})", f"{r.gb_s:.1f}",
             f"{r.roof_percent:.0f}", f"{speedup:.2f}",
         )  # fmt: skip
-    console = Console()
-    console.print(table, width=max(console.width, 110), soft_wrap=True)
+    harness.console().print(table)
     name = f"ops-{harness.device_name(device)}".lower()
     path = harness.write(rows, "".join(c if c.isalnum() else "-" for c in name))
     print(f"{len(rows)} rows in {path.relative_to(harness.RESULTS.parent.parent)}")

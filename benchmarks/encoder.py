@@ -1,0 +1,150 @@
+"""`python -m benchmarks.encoder`: texts to vectors end to end, each peer on the same texts, interleaved.
+
+Throughput is a whole list of texts, tokenisation included; batch1 is one text a call. A peer whose vectors differ
+(worst cosine below the gate) gets no row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import inspect
+import random
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib import import_module
+
+import numpy as np
+import torch
+from rich.table import Table
+
+from benchmarks import harness
+from fastbert import Embedder, native
+from fastbert.hub import DEFAULT_MODEL, resolve
+
+GATE = 0.9995
+WORDS = {"query": (4, 10), "sentence": (10, 25), "passage": (40, 80)}
+MODULES = (
+    "argparse",
+    "asyncio",
+    "collections",
+    "datetime",
+    "decimal",
+    "email",
+    "json",
+    "logging",
+    "threading",
+    "typing",
+)
+
+Encode = Callable[[list[str]], np.ndarray]
+
+
+def real_texts(words: tuple[int, int], count: int, seed: int = 0) -> list[str]:
+    """English from the standard library's documentation, cut to a range of words."""
+    prose: list[str] = []
+    for name in MODULES:
+        module = import_module(name)
+        found = [module, *(m for _, m in inspect.getmembers(module) if inspect.isclass(m) or inspect.isfunction(m))]
+        for item in found:
+            prose += re.sub(r"\s+", " ", inspect.getdoc(item) or "").split()
+    rng = random.Random(seed)
+    starts = [rng.randrange(len(prose) - words[1]) for _ in range(count)]
+    return [" ".join(prose[i : i + rng.randint(*words)]) for i in starts]
+
+
+def providers(folder: str, only: list[str] | None) -> Iterator[tuple[str, Encode]]:
+    """(name, encode) of everything that is installed; what is missing is named with the line that installs it."""
+    wanted = lambda name: only is None or name in only  # noqa: E731
+    if wanted("fastbert"):
+        yield "fastbert", partial(Embedder.from_pretrained(folder, dtype="float32").encode, normalize_embeddings=True)
+    if wanted("fastbert-bf16"):
+        yield "fastbert-bf16", partial(Embedder.from_pretrained(folder, "bfloat16").encode, normalize_embeddings=True)
+    if wanted("fastbert-int8"):
+        yield "fastbert-int8", partial(Embedder.from_pretrained(folder, "int8").encode, normalize_embeddings=True)
+    if importlib.util.find_spec("sentence_transformers") is None:
+        print("sentence-transformers is missing: pip install sentence-transformers")
+        return
+    from sentence_transformers import SentenceTransformer
+
+    for name, dtype in (("sentence-transformers", torch.float32), ("sentence-transformers-bf16", torch.bfloat16)):
+        if wanted(name):
+            model = SentenceTransformer(folder, device="cpu", model_kwargs={"dtype": dtype})
+            yield name, partial(model.encode, normalize_embeddings=True, show_progress_bar=False)
+
+
+def worst_cosine(vectors: np.ndarray, exact: np.ndarray) -> float:
+    """Least cosine of two lists of unit vectors."""
+    return float((vectors.astype(np.float64) * exact).sum(1).min())
+
+
+def main() -> None:
+    """Measure, print a table, write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--texts", type=int, default=256)
+    parser.add_argument("--only", help="providers, separated by commas")
+    args = parser.parse_args()
+    folder = str(resolve(args.model))
+    peers = dict(providers(folder, args.only.split(",") if args.only else None))
+    exact_model = Embedder.from_pretrained(folder, dtype="float32")
+    exact_model.model.double()
+    config = exact_model.model.config
+    per_token = (
+        2 * config.num_hidden_layers * config.hidden_size * (4 * config.hidden_size + 2 * config.intermediate_size)
+    )
+    roofs = harness.measure_roofs(torch.float32, "cpu")
+    rows, shown = [], Table(title=f"{args.model}, {harness.device_name('cpu')}, {torch.get_num_threads()} threads")
+    for column in (
+        "texts",
+        "mode",
+        "provider",
+        "texts/s",
+        "tokens/s",
+        "ms p50 (p20, p80)",
+        "% GEMM roof",
+        "worst cosine",
+    ):
+        shown.add_column(column, justify="left" if column in ("texts", "mode", "provider") else "right", no_wrap=True)
+    for mix, words in WORDS.items():
+        texts = real_texts(words, args.texts)
+        exact = exact_model.encode(texts, normalize_embeddings=True)
+        lengths = [len(ids) for ids in exact_model.tokenizer.encode(texts).ids]
+        cosines = {name: worst_cosine(encode(texts), exact) for name, encode in peers.items()}
+        kept = {name: encode for name, encode in peers.items() if cosines[name] >= GATE or "int8" in name}
+        for name in peers.keys() - kept.keys():
+            print(f"{mix}: {name} fails the gate, worst cosine {cosines[name]:.6f}")
+        median = sorted(range(len(texts)), key=lengths.__getitem__)[len(texts) // 2]
+        for mode, chosen, rounds in (("throughput", list(range(len(texts))), args.rounds), ("batch1", [median], 30)):
+            batch, tokens = [texts[i] for i in chosen], sum(lengths[i] for i in chosen)
+            times = harness.interleave(
+                {name: partial(encode, batch) for name, encode in kept.items()}, rounds, warmup=2
+            )
+            squares = sum(lengths[i] ** 2 for i in chosen)
+            flop = per_token * tokens + 4 * config.num_hidden_layers * config.hidden_size * squares
+            for name, ms in times.items():
+                p50, p20, p80 = harness.percentiles(ms)
+                rows.append(
+                    harness.Row(
+                        "encode", f"{mix}-{len(batch)}x{tokens}", name, mode, "float32",
+                        *(round(v, 4) for v in (p50, p20, p80)), 0.0, round(flop / p50 / 1e9, 4),
+                        round(100 * roofs.bound_ms(0, flop) / p50, 1), harness.device_name("cpu"), torch.__version__,
+                        native.isa() if native.available() else "none", torch.get_num_threads(), harness.load(),
+                        harness.commit(), harness.today(),
+                    )
+                )  # fmt: skip
+                shown.add_row(
+                    mix, mode, name, f"{1e3 * len(batch) / p50:,.0f}", f"{1e3 * tokens / p50:,.0f}",
+                    f"{p50:.2f} ({p20:.2f}, {p80:.2f})", f"{rows[-1].roof_percent:.0f}", f"{cosines[name]:.6f}",
+                )  # fmt: skip
+        shown.add_section()
+    harness.console().print(shown)
+    name = f"encoder-{harness.device_name('cpu')}".lower()
+    path = harness.write(rows, "".join(c if c.isalnum() else "-" for c in name))
+    print(f"load {harness.load()}; {len(rows)} rows in {path.relative_to(harness.RESULTS.parent.parent)}")
+
+
+if __name__ == "__main__":
+    main()
