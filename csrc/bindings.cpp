@@ -7,7 +7,8 @@
 
 namespace fastbert {
 
-void bind_plans(py::module_& m);  // bindings_plan.cpp
+void bind_encoder(py::module_& m);  // bindings_encoder.cpp
+void bind_plans(py::module_& m);    // bindings_plan.cpp
 
 namespace {
 
@@ -25,22 +26,6 @@ void launch(const View& x, F f) {
 Dropout make_dropout(double p, int64_t seed) {
   return {static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(p * 4294967296.0),
           static_cast<float>(1.0 / (1.0 - p))};
-}
-
-// Ascending from 0 to num_tokens, no sequence longer than max_seqlen: what keeps the kernels inside their arrays.
-int64_t check_cu_seqlens(const View& cu, int64_t num_tokens, int64_t max_seqlen) {
-  cu.expect_ndim(1).expect(Dtype::int32);
-  const int64_t S = cu.numel() - 1;
-  const int32_t* at = cu;
-  if (S < 0 || at[0] != 0 || at[S] != num_tokens)
-    cu.fail<py::value_error>("must run from 0 to the number of tokens, " + std::to_string(num_tokens));
-  for (int64_t s = 0; s < S; ++s) {
-    const int64_t length = static_cast<int64_t>(at[s + 1]) - at[s];
-    if (length < 0 || length > max_seqlen)
-      cu.fail<py::value_error>("gives sequence " + std::to_string(s) + " a length of " + std::to_string(length) +
-                               ", expected 0 to max_seqlen = " + std::to_string(max_seqlen));
-  }
-  return S;
 }
 
 void gelu_fwd(Arg x_, Arg bias_, Arg y_, bool tanh) {
@@ -124,30 +109,44 @@ void embed_bwd(Arg dy_, Arg input_ids_, Arg position_ids_, Arg type_ids_, Arg wo
   });
 }
 
-void attention_fwd(Arg qkv_, Arg cu_seqlens_, Arg out_, Arg lse_, int64_t max_seqlen, float scale, double p,
-                   int64_t seed) {
-  VIEW(qkv); VIEW(cu_seqlens); VIEW(out); VIEW(lse);
+// Columns of rel_bias (H, 2R - 1), a middle one and as many on both sides; 0 without one.
+int64_t check_rel_bias(const View& rel_bias, int64_t H) {
+  if (!rel_bias.present()) return 0;
+  const int64_t num_offsets = rel_bias.expect_ndim(2).columns();
+  rel_bias.expect(Dtype::float32, {H, num_offsets});
+  if (num_offsets % 2 == 0)
+    rel_bias.fail<py::value_error>("must have an odd number of offsets, got " + std::to_string(num_offsets));
+  return num_offsets;
+}
+
+void attention_fwd(Arg qkv_, Arg rel_bias_, Arg cu_seqlens_, Arg out_, Arg lse_, int64_t max_seqlen, float scale,
+                   double p, int64_t seed) {
+  VIEW(qkv); VIEW(rel_bias); VIEW(cu_seqlens); VIEW(out); VIEW(lse);
   qkv.expect_float().expect_ndim(4);
   const int64_t T = qkv.size(0), H = qkv.size(2), K = qkv.size(3);
-  const int64_t S = check_cu_seqlens(cu_seqlens, T, max_seqlen);
+  const int64_t S = check_cu_seqlens(cu_seqlens, T, max_seqlen), num_offsets = check_rel_bias(rel_bias, H);
   out.expect_like(qkv, {T, H, K});
   lse.expect(Dtype::float32, {T, H});
   launch(qkv, [&](auto& k) {
-    k.attention_fwd(qkv, cu_seqlens, out, lse, S, H, K, max_seqlen, scale, make_dropout(p, seed));
+    k.attention_fwd(qkv, rel_bias, cu_seqlens, out, lse, S, H, K, num_offsets, max_seqlen, scale,
+                    make_dropout(p, seed));
   });
 }
 
-void attention_bwd(Arg dout_, Arg qkv_, Arg out_, Arg lse_, Arg cu_seqlens_, Arg dqkv_, int64_t max_seqlen, float scale,
-                   double p, int64_t seed) {
-  VIEW(dout); VIEW(qkv); VIEW(out); VIEW(lse); VIEW(cu_seqlens); VIEW(dqkv);
+void attention_bwd(Arg dout_, Arg qkv_, Arg rel_bias_, Arg out_, Arg lse_, Arg cu_seqlens_, Arg dqkv_, Arg drel_bias_,
+                   int64_t max_seqlen, float scale, double p, int64_t seed) {
+  VIEW(dout); VIEW(qkv); VIEW(rel_bias); VIEW(out); VIEW(lse); VIEW(cu_seqlens); VIEW(dqkv); VIEW(drel_bias);
   qkv.expect_float().expect_ndim(4);
   const int64_t T = qkv.size(0), H = qkv.size(2), K = qkv.size(3);
-  const int64_t S = check_cu_seqlens(cu_seqlens, T, max_seqlen);
+  const int64_t S = check_cu_seqlens(cu_seqlens, T, max_seqlen), num_offsets = check_rel_bias(rel_bias, H);
   for (const View* v : {&dout, &out}) v->expect_like(qkv, {T, H, K});
   lse.expect(Dtype::float32, {T, H});
   dqkv.expect_like(qkv);
+  if (drel_bias.present() != rel_bias.present()) drel_bias.fail<py::value_error>("goes with rel_bias, and only with it");
+  drel_bias.expect_like(rel_bias);
   launch(qkv, [&](auto& k) {
-    k.attention_bwd(dout, qkv, out, lse, cu_seqlens, dqkv, S, H, K, max_seqlen, scale, make_dropout(p, seed));
+    k.attention_bwd(dout, qkv, rel_bias, out, lse, cu_seqlens, dqkv, drel_bias, S, H, K, num_offsets, max_seqlen, scale,
+                    make_dropout(p, seed));
   });
 }
 
@@ -200,6 +199,23 @@ void cross_entropy_bwd(Arg scale_, Arg logits_, Arg labels_, Arg lse_, Arg dlogi
   launch(logits, [&](auto& k) { k.cross_entropy_bwd(scale, logits, labels, lse, dlogits, M, V, ignore_index); });
 }
 
+void int8_linear_quantize(Arg x_, Arg q_, Arg scale_) {
+  VIEW(x); VIEW(q); VIEW(scale);
+  const int64_t rows = x.expect_float().expect_ndim(2).size(0), K = x.columns();
+  q.expect(Dtype::int8, {rows, K});
+  scale.expect(Dtype::float32, {rows});
+  launch(x, [&](auto& k) { k.int8_linear_quantize(x, q, scale, rows, K); });
+}
+
+void int8_linear_scale(Arg sums_, Arg scale_, Arg weight_scale_, Arg bias_, Arg y_) {
+  VIEW(sums); VIEW(scale); VIEW(weight_scale); VIEW(bias); VIEW(y);
+  const int64_t rows = y.expect_float().expect_ndim(2).size(0), N = y.columns();
+  sums.expect(Dtype::int32, {rows, N});
+  scale.expect(Dtype::float32, {rows});
+  for (const View* v : {&weight_scale, &bias}) v->expect(Dtype::float32, {N});
+  launch(y, [&](auto& k) { k.int8_linear_scale(sums, scale, weight_scale, bias, y, rows, N); });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -220,6 +236,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("pool_bwd", &pool_bwd);
   m.def("cross_entropy_fwd", &cross_entropy_fwd);
   m.def("cross_entropy_bwd", &cross_entropy_bwd);
+  m.def("int8_linear_quantize", &int8_linear_quantize);
+  m.def("int8_linear_scale", &int8_linear_scale);
+  bind_encoder(m);
   bind_plans(m);
 }
 

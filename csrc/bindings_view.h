@@ -13,7 +13,7 @@ namespace py = pybind11;
 using std::int32_t;
 using std::int64_t;
 
-enum class Dtype { float32, float64, bfloat16, int64, int32, boolean };
+enum class Dtype { float32, float64, bfloat16, int64, int32, int8, boolean };
 
 // torch.Tensor and its DLPack functions; loaded once, when the module is.
 struct Torch {
@@ -64,7 +64,7 @@ class View {
   bool is(Dtype dtype) const {
     constexpr struct {
       std::uint8_t code, bits;
-    } types[] = {{2, 32}, {2, 64}, {4, 16}, {0, 64}, {0, 32}, {6, 8}};
+    } types[] = {{2, 32}, {2, 64}, {4, 16}, {0, 64}, {0, 32}, {0, 8}, {6, 8}};
     const auto type = types[static_cast<int>(dtype)];
     return tensor_.type_code == type.code && tensor_.type_bits == type.bits;
   }
@@ -76,7 +76,7 @@ class View {
     return *this;
   }
   const View& expect(Dtype dtype) const {
-    constexpr const char* names[] = {"float32", "float64", "bfloat16", "int64", "int32", "bool"};
+    constexpr const char* names[] = {"float32", "float64", "bfloat16", "int64", "int32", "int8", "bool"};
     if (present() && !is(dtype))
       fail<py::type_error>("must be torch." + std::string(names[static_cast<int>(dtype)]) + ", got " + text("dtype"));
     return *this;
@@ -125,6 +125,22 @@ class View {
   const char* name_;
   DLTensor tensor_{};
 };
+
+// Ascending from 0 to num_tokens, no sequence longer than max_seqlen: what keeps the kernels inside their arrays.
+inline int64_t check_cu_seqlens(const View& cu, int64_t num_tokens, int64_t max_seqlen) {
+  cu.expect_ndim(1).expect(Dtype::int32);
+  const int64_t S = cu.numel() - 1;
+  const int32_t* at = cu;
+  if (S < 0 || at[0] != 0 || at[S] != num_tokens)
+    cu.fail<py::value_error>("must run from 0 to the number of tokens, " + std::to_string(num_tokens));
+  for (int64_t s = 0; s < S; ++s) {
+    const int64_t length = static_cast<int64_t>(at[s + 1]) - at[s];
+    if (length < 0 || length > max_seqlen)
+      cu.fail<py::value_error>("gives sequence " + std::to_string(s) + " a length of " + std::to_string(length) +
+                               ", expected 0 to max_seqlen = " + std::to_string(max_seqlen));
+  }
+  return S;
+}
 
 // The view `x` of the argument `x_`, which errors call "x".
 #define VIEW(name) const View name(name##_, #name)

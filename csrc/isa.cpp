@@ -22,6 +22,7 @@ FASTBERT_DECLARE(portable)
 #if defined(__x86_64__)
 FASTBERT_DECLARE(avx2)
 FASTBERT_DECLARE(avx512)
+FASTBERT_DECLARE(avx512bf16)
 #endif
 
 namespace {
@@ -38,9 +39,9 @@ struct Registers {
   unsigned a, b, c, d;
 };
 
-Registers cpuid(unsigned leaf) {
+Registers cpuid(unsigned leaf, unsigned subleaf = 0) {
   Registers r{};
-  __get_cpuid_count(leaf, 0, &r.a, &r.b, &r.c, &r.d);  // leaves zeros where the leaf does not exist
+  __get_cpuid_count(leaf, subleaf, &r.a, &r.b, &r.c, &r.d);  // leaves zeros where the leaf does not exist
   return r;
 }
 
@@ -65,6 +66,8 @@ bool has_avx512() {
   return has_avx2() && has(cpuid(7).b, 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31)  // F, DQ, BW, VL
          && has(saved_state(cpuid(1)), 0xe6);                                     // and the masks, zmm
 }
+
+bool has_avx512bf16() { return has_avx512() && has(cpuid(7, 1).a, 1u << 5); }
 #endif
 
 // Best last.
@@ -74,6 +77,7 @@ const std::vector<Isa>& isas() {
 #if defined(__x86_64__)
       {"avx2", has_avx2(), avx2::table<float>, avx2::table<bf16>},
       {"avx512", has_avx512(), avx512::table<float>, avx512::table<bf16>},
+      {"avx512bf16", has_avx512bf16(), avx512bf16::table<float>, avx512bf16::table<bf16>},
 #endif
   };
   return all;

@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "encoder.h"
+
 namespace fastbert {
 
 struct bf16 {
@@ -47,11 +49,14 @@ struct Kernels {
                     float* dtoken_type, float* dweight, float* dbias, std::int64_t rows, std::int64_t D,
                     std::int64_t padding_idx, Dropout dropout);
 
-  // qkv (T, 3, H, K) -> out (T, H, K), lse (T, H); softmax of scale * QK^T within each sequence.
-  void (*attention_fwd)(const T* qkv, const std::int32_t* cu_seqlens, T* out, float* lse, std::int64_t S,
-                        std::int64_t H, std::int64_t K, std::int64_t max_seqlen, float scale, Dropout dropout);
-  void (*attention_bwd)(const T* dout, const T* qkv, const T* out, const float* lse, const std::int32_t* cu_seqlens,
-                        T* dqkv, std::int64_t S, std::int64_t H, std::int64_t K, std::int64_t max_seqlen, float scale,
+  // qkv (T, 3, H, K) -> out (T, H, K), lse (T, H); softmax of scale * QK^T within each sequence. With rel_bias (H,
+  // num_offsets) the score of query i and key j gains column j - i + num_offsets / 2, the nearest one where that is out.
+  void (*attention_fwd)(const T* qkv, const float* rel_bias, const std::int32_t* cu_seqlens, T* out, float* lse,
+                        std::int64_t S, std::int64_t H, std::int64_t K, std::int64_t num_offsets,
+                        std::int64_t max_seqlen, float scale, Dropout dropout);
+  void (*attention_bwd)(const T* dout, const T* qkv, const float* rel_bias, const T* out, const float* lse,
+                        const std::int32_t* cu_seqlens, T* dqkv, float* drel_bias, std::int64_t S, std::int64_t H,
+                        std::int64_t K, std::int64_t num_offsets, std::int64_t max_seqlen, float scale,
                         Dropout dropout);
 
   // hidden (T, D) -> out (S, D); argmax (S, D) is the token of each maximum, -1 in an empty sequence (mode max only).
@@ -65,9 +70,28 @@ struct Kernels {
                             std::int64_t V, std::int64_t ignore_index);
   void (*cross_entropy_bwd)(const float* scale, const T* logits, const std::int64_t* labels, const double* lse,
                             T* dlogits, std::int64_t M, std::int64_t V, std::int64_t ignore_index);
+
+  // Rows of x (rows, K) to q = round(x / scale), scale = max|x| / 127; and y = sums * scale * weight_scale + bias of
+  // the integer sums (rows, N). bias may be null.
+  void (*int8_linear_quantize)(const T* x, std::int8_t* q, float* scale, std::int64_t rows, std::int64_t K);
+  void (*int8_linear_scale)(const std::int32_t* sums, const float* scale, const float* weight_scale,
+                            const float* bias, T* y, std::int64_t rows, std::int64_t N);
+
+  // Weights of the encoder in panels: `rows` are those of the matrix (out, in), null for a row of zeros; `out` is a
+  // multiple of panel_columns, and panels has out * in values, an odd `in` rounded up.
+  std::int64_t panel_columns;
+  void (*pack_linear)(const T* const* rows, std::int64_t out, std::int64_t in, T* panels);
+
+  // Hidden states of `tokens` to their rows of out (T, D). Each worker of a team calls it, with one memory of
+  // encoder_bytes bytes, aligned to 64, for a pass over `rows` tokens at most, and with encoder_stages stages.
+  std::int64_t (*encoder_bytes)(const EncoderWeights<T>& weights, std::int64_t rows, std::int64_t max_seqlen,
+                                int workers);
+  std::int64_t (*encoder_stages)(const EncoderWeights<T>& weights);
+  void (*encoder_fwd)(const EncoderWeights<T>& weights, const Tokens& tokens, std::int64_t max_seqlen, T* out,
+                      char* memory, Team team);
 };
 
-// isa.cpp: the kernels of the instruction set in use. Names: portable, avx2, avx512.
+// isa.cpp: the kernels of the instruction set in use. Names: portable, avx2, avx512, avx512bf16.
 template <class T>
 const Kernels<T>& kernels();
 const char* isa();

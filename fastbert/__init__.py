@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastbert.embedder import Embedder
+    from fastbert.engine import use_engine
     from fastbert.models import *  # noqa: F403
     from fastbert.ops import use_backend
     from fastbert.packing import PackedBatch, pack, pack_padded
@@ -28,6 +29,7 @@ _HOMES = {
     "pack_padded": "packing",
     "restore": "swap",
     "use_backend": "ops",
+    "use_engine": "engine",
 }
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "pack_padded",
     "restore",
     "use_backend",
+    "use_engine",
 ]
 
 

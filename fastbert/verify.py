@@ -7,7 +7,7 @@ that `transformers` makes in the same dtype, plus one rounding. int8 has no such
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -154,17 +154,17 @@ def _pooled(hidden_TD: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
     return torch.stack([part.double().mean(0) for part in hidden_TD.split(list(lengths))])
 
 
-def compare(path: str, dtype: str | None, ours: list[torch.Tensor], reference: Reference) -> list[Line]:
-    """Lines of one path: every layer, and the texts' vectors.
+def compare(path: str, dtype: str | None, ours: Mapping[int, torch.Tensor], reference: Reference) -> list[Line]:
+    """Lines of one path: every layer that it shows, and the texts' vectors.
 
     Args:
-        ours: num_layers + 1 tensors (T, D).
+        ours: layer -> (T, D); the last layer is among them.
         dtype: whose budget counts; None where the vectors' cosine decides.
     """
     lengths = [len(ids) for ids in reference.sequences]
     places = [f"text {s}, token {t}" for s, n in enumerate(lengths) for t in range(n)]
-    layers = [(str(i), a, b, places) for i, (a, b) in enumerate(zip(ours, reference.exact, strict=True))]
-    vectors = (_pooled(ours[-1], lengths), _pooled(reference.exact[-1], lengths))
+    layers = [(str(i), hidden, reference.exact[i], places) for i, hidden in ours.items()]
+    vectors = (_pooled(ours[len(reference.exact) - 1], lengths), _pooled(reference.exact[-1], lengths))
     lines = []
     for name, a, b, rows in [*layers, ("vector", *vectors, [f"text {s}" for s in range(len(lengths))])]:
         error = a.double() - b
@@ -181,17 +181,24 @@ def compare(path: str, dtype: str | None, ours: list[torch.Tensor], reference: R
     return lines
 
 
-def run(model: EncoderModel, sequences: list[list[int]]) -> list[torch.Tensor]:
-    """Our hidden states (T, D) of all layers on the backend in force."""
+def run(model: EncoderModel, sequences: list[list[int]]) -> dict[int, torch.Tensor]:
+    """Our hidden states, layer -> (T, D), as ops."""
     trace = Trace(hidden_states=[])
     with torch.inference_mode():
         model.forward_packed(pack(sequences, position_offset=model.position_offset), trace)
-    assert trace.hidden_states is not None
-    return trace.hidden_states
+    return dict(enumerate(trace.hidden_states or ()))
+
+
+def run_engine(model: EncoderModel, sequences: list[list[int]]) -> torch.Tensor | None:
+    """The last layer's hidden states (T, D) as inference computes them, where that is on an engine."""
+    with torch.inference_mode():
+        if model.execution_plan().startswith("ops"):
+            return None
+        return model.forward_packed(pack(sequences, position_offset=model.position_offset))
 
 
 def verify(folder: Path, reference: Reference, report: Callable[[str], None] = lambda path: None) -> list[Line]:
-    """Every path that this machine would take: each dtype as it runs by default, on the reference, and int8.
+    """Every path that this machine would take: each dtype on its engine, as ops, on the reference; and int8.
 
     Args:
         folder: the checkpoint.
@@ -200,6 +207,10 @@ def verify(folder: Path, reference: Reference, report: Callable[[str], None] = l
     lines = []
     for name, dtype in DTYPES.items():
         model = AutoModel.from_pretrained(folder, dtype=dtype)
+        last = run_engine(model, reference.sequences)
+        if last is not None:
+            report(path := f"{name} engine")
+            lines += compare(path, name, {len(reference.exact) - 1: last}, reference)
         default = chosen("attention", "cpu", dtype)
         for backend in dict.fromkeys((default, REFERENCE)):
             report(path := f"{name} {backend}")
@@ -248,7 +259,7 @@ def table(name: str, reference: Reference, lines: list[Line], all_layers: bool =
 def plot(path: Path, name: str, lines: list[Line]) -> None:
     """Write a figure of each path's error by layer beside its budget."""
     by_layer = [line for line in lines if line.layer != "vector"]
-    paths = dict.fromkeys(line.path for line in by_layer)
+    paths = dict.fromkeys(line.path for line in by_layer if line.layer == "0")  # an engine shows its last layer only
     errors = {p: [line.max_abs for line in by_layer if line.path == p] for p in paths}
     budgets = {p: [line.budget for line in by_layer if line.path == p and line.budget is not None] for p in paths}
     error_by_layer(path, f"{name}: error against transformers in fp64", errors, {p: b for p, b in budgets.items() if b})

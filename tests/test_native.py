@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from fastbert import native, ops, testing
 from fastbert.ops import dispatch
+from fastbert.ops.int8_linear import int8_linear_ref, quantize_rows
 from fastbert.ops.plan import plan_batches_ref, plan_concat_ref, plan_mask_ref
 
 if not native.available():
@@ -158,6 +159,24 @@ def test_cu_seqlens_are_checked(cu_seqlens, max_seqlen, message):
         native.attention_fwd(qkv, torch.tensor(cu_seqlens, dtype=torch.int32), max_seqlen, 1.0, 0.0, 0)
 
 
+@pytest.mark.parametrize(
+    ("rel_bias", "error", "message"),
+    [
+        (torch.zeros(2, 3), ValueError, r"rel_bias must have shape \[1, 3\], got torch.Size\(\[2, 3\]\)"),
+        (torch.zeros(1, 4), ValueError, "rel_bias must have an odd number of offsets, got 4"),
+        (torch.zeros(3), ValueError, "rel_bias must have 2 dimensions"),
+        (torch.zeros(1, 3).bfloat16(), TypeError, "rel_bias must be torch.float32, got torch.bfloat16"),
+        (None, ValueError, "drel_bias goes with rel_bias, and only with it"),
+    ],
+    ids=["heads", "even", "ndim", "dtype", "gradient of none"],
+)
+def test_rel_bias_is_checked(rel_bias, error, message):
+    qkv, out, lse = torch.zeros(4, 3, 1, 8), torch.zeros(4, 1, 8), torch.zeros(4, 1)
+    cu = torch.tensor([0, 4], dtype=torch.int32)
+    with pytest.raises(error, match=message):
+        C.attention_bwd(out, qkv, rel_bias, out, lse, cu, qkv.clone(), torch.zeros(1, 3), 4, 1.0, 0.0, 0)
+
+
 # Instruction sets: each one that this CPU offers is held to the same budget, in a process of its own.
 
 
@@ -175,7 +194,7 @@ assert native.isa() == {isa!r}, native.isa()
 checked = 0
 with ops.use_backend("native"):
     for case in testing.CASES:
-        if "bert_base" in case.name or not native.supports(case.op, "cpu", torch.float32):
+        if "_base" in case.name or not native.supports(case.op, "cpu", torch.float32):
             continue
         for dtype in (torch.float32, torch.bfloat16):
             testing.check_case(case, dtype)
@@ -211,11 +230,53 @@ def test_instruction_sets_share_no_inline_functions():
         assert not {name for name in included if name.startswith("<")} - allowed, path
 
 
+@pytest.fixture(params=C.supported_isas())
+def isa(request):
+    """Each instruction set in turn, in this process."""
+    before = native.isa()
+    C.set_isa(request.param)
+    yield request.param
+    C.set_isa(before)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize(("T", "K", "N"), [(0, 8, 4), (1, 5, 7), (37, 130, 29), (200, 384, 100)])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_int8_linear_equals_the_reference(isa, monkeypatch, dtype, T, K, N, with_bias):
+    monkeypatch.setattr(native, "_INT8_ROWS", 16)
+    g = torch.Generator().manual_seed(T)
+    x = (torch.randn(T, K, generator=g) * torch.logspace(-9, 9, T)[:, None]).to(dtype)
+    x[5:6] = 0
+    x[6:7, 1:] = 0  # the largest value alone: 127
+    x[7:8, 0], x[7:8, 1:] = 127, torch.arange(1, K) % 250 / 2 - 62  # a scale of 1, and halves
+    weight, weight_scale = quantize_rows(torch.randn(N, K, generator=g))
+    bias = torch.randn(N, generator=g) if with_bias else None
+    y = native.int8_linear_fwd(x, weight.mT.contiguous().mT, weight_scale, bias)
+    assert torch.equal(y, int8_linear_ref(x, weight, weight_scale, bias))
+
+
+def test_int8_linear_keeps_nan_in_its_row(isa):
+    x = torch.randn(3, 40)
+    x[1, 37] = float("nan")
+    y = native.int8_linear_fwd(x, torch.ones(5, 40, dtype=torch.int8), torch.ones(5), None)
+    assert y.isnan().all(1).tolist() == [False, True, False]
+    assert y[[0, 2]].isfinite().all()
+
+
+def test_int8_linear_is_checked():
+    with pytest.raises(TypeError, match=r"q must be torch.int8, got torch.float32"):
+        C.int8_linear_quantize(X, X.clone(), torch.zeros(4))
+    with pytest.raises(TypeError, match=r"sums must be torch.int32, got torch.int8"):
+        C.int8_linear_scale(X.to(torch.int8), torch.zeros(4), torch.zeros(8), None, X.clone())
+    with pytest.raises(ValueError, match=r"weight_scale must have shape \[8\], got torch.Size\(\[4\]\)"):
+        C.int8_linear_scale(X.int(), torch.zeros(4), torch.zeros(4), None, X.clone())
+
+
 # Threads and batches: neither changes a bit of a result.
 
 
 def _case(op: str) -> testing.Case:
-    return next(case for case in testing.CASES if case.op == op and "bert_base" in case.name)
+    return next(case for case in testing.CASES if case.op == op and "_base" in case.name)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -233,18 +294,21 @@ def test_results_do_not_depend_on_the_number_of_threads(op, dtype):
         assert torch.equal(one, results[1][key]), key
 
 
+@pytest.mark.parametrize("num_offsets", [0, 1, 41, 255], ids=lambda n: f"{n}_offsets")
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_a_sequence_alone_equals_itself_in_a_batch(dtype):
+def test_a_sequence_alone_equals_itself_in_a_batch(dtype, num_offsets):
     lengths = [5, 33, 1, 70]
     qkv = torch.randn(sum(lengths), 3, 2, 24).to(dtype)
+    bias = torch.randn(2, num_offsets) if num_offsets else None
     cu = testing.cu_seqlens_of(lengths)
     with ops.use_backend("native"):
-        together = ops.attention(qkv, cu, 70)
+        together = ops.attention(qkv, cu, 99, rel_bias=bias)  # max_seqlen may be more than the longest has
         pooled = ops.pool(together.flatten(1), cu, "mean")
         for i, (lo, hi) in enumerate(zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True)):
-            alone = ops.attention(qkv[lo:hi], torch.tensor([0, hi - lo], dtype=torch.int32), hi - lo)
+            own = torch.tensor([0, hi - lo], dtype=torch.int32)
+            alone = ops.attention(qkv[lo:hi], own, hi - lo, rel_bias=bias)
             assert torch.equal(alone, together[lo:hi])
-            one = ops.pool(alone.flatten(1), torch.tensor([0, hi - lo], dtype=torch.int32), "mean")
+            one = ops.pool(alone.flatten(1), own, "mean")
             assert torch.equal(one[0], pooled[i])
 
 
@@ -281,6 +345,29 @@ def test_nan_and_infinity_come_out_as_in_torch():
     assert out[3:].isfinite().all()
 
 
+def test_nan_in_the_bias_stays_in_the_rows_that_see_its_offset():
+    bias = torch.zeros(1, 7)
+    bias[0, 5] = float("nan")  # the key two after the query
+    out, _ = native.attention_rel_bias_fwd(torch.randn(3, 3, 1, 8), bias, testing.cu_seqlens_of([3]), 3, 1.0, 0.0, 0)
+    assert out[0].isnan().all()
+    assert out[1:].isfinite().all()
+
+
+def test_no_bias_is_a_bias_of_zero():
+    qkv, cu = torch.randn(40, 3, 2, 8), testing.cu_seqlens_of([33, 7])
+    with ops.use_backend("native"):
+        assert torch.equal(ops.attention(qkv, cu, 33), ops.attention(qkv, cu, 33, rel_bias=torch.zeros(2, 5)))
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_scale_of_any_sign_is_within_budget(dtype, scale):
+    ragged = next(case for case in testing.CASES if str(case) == "attention-ragged")
+    case = testing.Case("attention", f"scale_{scale}", lambda g: ragged.make(g) | {"scale": scale})
+    with ops.use_backend("native"):
+        testing.check_case(case, dtype)
+
+
 def test_bfloat16_rounds_to_nearest_even_as_torch():
     x = torch.randn(1, 4096) * torch.logspace(-30, 30, 4096)
     pooled, _ = native.pool_fwd(x.bfloat16(), torch.tensor([0, 1], dtype=torch.int32), "mean")
@@ -303,6 +390,12 @@ def test_a_negative_padding_idx_counts_from_the_end():
 
 def test_parameters_of_another_dtype_are_taken():
     """A bf16 activation with fp32 bias: the bias is used as it is, and its gradient has its dtype."""
+    qkv, rel_bias = torch.randn(5, 3, 2, 8).bfloat16(), torch.randn(2, 9, requires_grad=True)
+    with ops.use_backend("native"):
+        ops.attention(qkv, testing.cu_seqlens_of([5]), 5, rel_bias=rel_bias).float().square().sum().backward()
+    assert rel_bias.grad is not None
+    assert rel_bias.grad.dtype == torch.float32
+    assert rel_bias.grad.any()
     x = torch.randn(5, 16).bfloat16().requires_grad_()
     bias = torch.randn(16, requires_grad=True)
     with ops.use_backend("native"):
@@ -320,6 +413,11 @@ def test_empty_inputs():
     assert not dbias.any()
     out, _ = native.attention_fwd(torch.empty(0, 3, 2, 8), torch.zeros(3, dtype=torch.int32), 0, 1.0, 0.0, 0)
     assert out.shape == (0, 2, 8)
+    nothing = (torch.zeros(3, dtype=torch.int32), 0, 1.0, 0.0, 0)
+    qkv, bias, lse = torch.empty(0, 3, 2, 8), torch.ones(2, 5), torch.empty(0, 2)
+    _, drel_bias = native.attention_rel_bias_bwd(out, qkv, bias, out, lse, *nothing)
+    assert drel_bias is not None
+    assert not drel_bias.any()
     assert not native.pool_fwd(empty, torch.zeros(3, dtype=torch.int32), "max")[0].any()
 
 

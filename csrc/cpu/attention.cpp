@@ -1,6 +1,7 @@
 // Attention over packed sequences. One task is one (sequence, head): its keys and values are packed into fp32 panels
 // that stay in cache, then blocks of queries go by. No task sees another sequence, so neither batch nor threads
-// change a result. Arithmetic is fp32; a block's scores never leave L1/L2.
+// change a result. Arithmetic is fp32; a block's scores never leave L1/L2. A bias by offset is one array a head: query
+// i reads it from an address that i moves, so a score row adds it with plain vector loads, and its gradient likewise.
 #include "cpu/table.h"
 #include "cpu/vec.h"
 
@@ -93,10 +94,37 @@ struct Task {
         columns(round_up(K, W)) {}
 };
 
+// rel_bias (H, num_offsets), or none: its column of an offset j - i, the ends standing for all that is farther.
+int64_t offset_column(int64_t offset, int64_t num_offsets) {
+  const int64_t column = offset + num_offsets / 2;
+  return column < 0 ? 0 : (column < num_offsets ? column : num_offsets - 1);
+}
+
+// rel_bias written out for every offset that a padded score row can have; without one, zeros, so that the loops over
+// scores need not ask.
+class BiasLines {
+ public:
+  BiasLines(const float* rel_bias, int64_t num_offsets, int64_t H, int64_t max_seqlen)
+      : center_(round_up(max_seqlen, W)), stride_(rel_bias ? 2 * center_ : 0), lines_((rel_bias ? H : 1) * 2 * center_) {
+    float* line = lines_.get();
+    if (!rel_bias) memset(line, 0, 2 * center_ * sizeof(float));
+    for (int64_t head = 0; rel_bias && head < H; ++head, line += stride_)
+      for (int64_t offset = -center_; offset < center_; ++offset)
+        line[offset + center_] = rel_bias[head * num_offsets + offset_column(offset, num_offsets)];
+  }
+  // Where element j is the bias of key j for query i.
+  const float* row(int64_t head, int64_t i) const { return lines_.get() + head * stride_ + center_ - i; }
+
+ private:
+  int64_t center_, stride_;
+  Scratch lines_;
+};
+
 template <class T>
-void attention_fwd(const T* qkv, const int32_t* cu_seqlens, T* out, float* lse, int64_t S, int64_t H, int64_t K,
-                   int64_t max_seqlen, float scale, Dropout dropout) {
+void attention_fwd(const T* qkv, const float* rel_bias, const int32_t* cu_seqlens, T* out, float* lse, int64_t S,
+                   int64_t H, int64_t K, int64_t num_offsets, int64_t max_seqlen, float scale, Dropout dropout) {
   const int64_t step = 3 * H * K, max_rows = round_up(max_seqlen, W), max_columns = round_up(K, W);
+  const BiasLines biases(rel_bias, num_offsets, H, max_seqlen);
 #pragma omp parallel if (cu_seqlens[S] * H * K > kParallelWork / 4)
   {
     // Keys, values, queries, scores, outputs.
@@ -120,13 +148,15 @@ void attention_fwd(const T* qkv, const int32_t* cu_seqlens, T* out, float* lse, 
         for (int64_t i = 0; i < count; ++i) {
           float* row = scores + i * task.rows;
           const int64_t place = (task.begin + q + i) * H + task.head;
-          for (int64_t j = task.length; j < task.rows; ++j) row[j] = -__builtin_inff();
+          const float* bias = biases.row(task.head, q + i);
           vf tops = splat(-__builtin_inff());
-          for (int64_t j = 0; j < task.rows; j += W) {
+          each_vector(task.length, [&](int64_t j, int n) LAMBDA {
+            vf x = load(row + j) * scale + load(bias + j);
+            if (n < W) x = lanes() < splat(static_cast<uint32_t>(n)) ? x : splat(-__builtin_inff());
             // Rounded here, so that the largest score minus itself is 0 below and no probability passes 1.
-            store(row + j, load(row + j) * scale);
-            tops = max(load(row + j), tops);
-          }
+            store(row + j, x);
+            tops = max(x, tops);
+          });
           const float top = max(tops);
           const RowDropout drop(dropout, place);
           vf total{};
@@ -152,14 +182,18 @@ void attention_fwd(const T* qkv, const int32_t* cu_seqlens, T* out, float* lse, 
 }
 
 // Equation by equation, per block of queries: P = exp(scale S - lse); dV += P^T dO; dP = dO V^T;
-// dS = scale P (dP - rowsum(dO O)); dQ = dS K; dK += dS^T Q. Dropout multiplies P in dV and dP in dS.
+// dS = P (dP - rowsum(dO O)); dQ = scale dS K; dK += scale dS^T Q. Dropout multiplies P in dV and dP in dS.
+// The bias of an offset gains dS along its diagonal: each task sums its own, and these are added in order.
 template <class T>
-void attention_bwd(const T* dout, const T* qkv, const T* out, const float* lse, const int32_t* cu_seqlens, T* dqkv,
-                   int64_t S, int64_t H, int64_t K, int64_t max_seqlen, float scale, Dropout dropout) {
+void attention_bwd(const T* dout, const T* qkv, const float* rel_bias, const T* out, const float* lse,
+                   const int32_t* cu_seqlens, T* dqkv, float* drel_bias, int64_t S, int64_t H, int64_t K,
+                   int64_t num_offsets, int64_t max_seqlen, float scale, Dropout dropout) {
   const int64_t step = 3 * H * K, max_rows = round_up(max_seqlen, W), max_columns = round_up(K, W);
+  const BiasLines biases(rel_bias, num_offsets, H, max_seqlen);
+  const Scratch sums(rel_bias ? cu_seqlens[S] * H * 2 : 0);  // of a task, at (begin * H + head * length) * 2
 #pragma omp parallel if (cu_seqlens[S] * H * K > kParallelWork / 8)
   {
-    const Scratch scratch(max_rows * (2 * K + 3 * max_columns) + kQueries * (2 * max_rows + 3 * max_columns));
+    const Scratch scratch(max_rows * (2 * K + 3 * max_columns + 2) + kQueries * (2 * max_rows + 3 * max_columns));
 #pragma omp for schedule(dynamic, 2)
     for (int64_t index = 0; index < S * H; ++index) {
       const Task task(index, cu_seqlens, H, K);
@@ -176,30 +210,41 @@ void attention_bwd(const T* dout, const T* qkv, const T* out, const float* lse, 
       float* dqueries = douts + block_size;
       float* probs = dqueries + block_size;
       float* dscores = probs + kQueries * task.rows;
+      float* diagonals = dscores + kQueries * task.rows;  // sum of offset o at o + length - 1
       copy_columns(base + H * K, step, task.length, K, keys_t, task.rows);
       copy_columns(base + 2 * H * K, step, task.length, K, values_t, task.rows);
       copy_rows(base + H * K, step, task.length, K, keys, task.columns);
       memset(dkeys, 0, 2 * panel_size * sizeof(float));
+      if (rel_bias) memset(diagonals, 0, 2 * task.rows * sizeof(float));
       for (int64_t q = 0; q < task.length; q += kQueries) {
         const int64_t count = task.length - q < kQueries ? task.length - q : kQueries;
-        const int64_t first = (task.begin + q) * H + task.head;  // row of (T * H) of the block's first query
+        const int64_t start = (task.begin + q) * H + task.head;  // row of (T * H) of the block's first query
         copy_rows(base + q * step, step, count, K, queries, task.columns);
-        copy_rows(dout + first * K, H * K, count, K, douts, task.columns);
+        copy_rows(dout + start * K, H * K, count, K, douts, task.columns);
         gemm(count, task.rows, K, {queries, task.columns, 1}, keys_t, task.rows, probs, task.rows, false);
         gemm(count, task.rows, K, {douts, task.columns, 1}, values_t, task.rows, dscores, task.rows, false);
         for (int64_t i = 0; i < count; ++i) {
-          const int64_t place = first + i * H;
+          const int64_t place = start + i * H;
           vf products{};
           each_vector(K, [&](int64_t d, int n) LAMBDA {
             products += load(douts + i * task.columns + d) * load(out + place * K + d, n);
           });
           const float delta = sum(products);
           const RowDropout drop(dropout, place);
-          for (int64_t j = i * task.rows; j < (i + 1) * task.rows; j += W) {
-            const vf p = exp(load(probs + j) * scale - lse[place]);
-            store(dscores + j, p * (drop(load(dscores + j), j - i * task.rows) - delta) * scale);
-            store(probs + j, drop(p, j - i * task.rows));
+          const float* bias = biases.row(task.head, q + i);
+          const float log_total = lse[place];
+          float* prob = probs + i * task.rows;
+          float* dscore = dscores + i * task.rows;
+          for (int64_t j = 0; j < task.rows; j += W) {
+            const vf p = exp(load(prob + j) * scale + load(bias + j) - log_total);
+            store(dscore + j, p * (drop(load(dscore + j), j) - delta));
+            store(prob + j, drop(p, j));
           }
+          if (!rel_bias) continue;
+          float* diagonal = diagonals + task.length - 1 - (q + i);
+          each_vector(task.length, [&](int64_t j, int n) LAMBDA {
+            store(diagonal + j, load(diagonal + j) + first(load(dscore + j), n));
+          });
         }
         gemm(count, task.columns, task.length, {dscores, task.rows, 1}, keys, task.columns, dqueries, task.columns,
              false);
@@ -208,15 +253,31 @@ void attention_bwd(const T* dout, const T* qkv, const T* out, const float* lse, 
              true);
         for (int64_t i = 0; i < count; ++i) {
           each_vector(K, [&](int64_t d, int n) LAMBDA {
-            store(dbase + (q + i) * step + d, load(dqueries + i * task.columns + d), n);
+            store(dbase + (q + i) * step + d, load(dqueries + i * task.columns + d) * scale, n);
           });
         }
       }
       for (int64_t i = 0; i < task.length; ++i) {
         each_vector(K, [&](int64_t d, int n) LAMBDA {
-          store(dbase + i * step + H * K + d, load(dkeys + i * task.columns + d), n);
+          store(dbase + i * step + H * K + d, load(dkeys + i * task.columns + d) * scale, n);
           store(dbase + i * step + 2 * H * K + d, load(dvalues + i * task.columns + d), n);
         });
+      }
+      if (rel_bias && task.length > 0)
+        memcpy(sums.get() + (task.begin * H + task.head * task.length) * 2, diagonals,
+               (2 * task.length - 1) * sizeof(float));
+    }
+    if (rel_bias) {
+#pragma omp for schedule(static)
+      for (int64_t head = 0; head < H; ++head) {
+        float* total = drel_bias + head * num_offsets;
+        memset(total, 0, num_offsets * sizeof(float));
+        for (int64_t s = 0; s < S; ++s) {
+          const int64_t begin = cu_seqlens[s], length = cu_seqlens[s + 1] - begin;
+          const float* of_task = sums.get() + (begin * H + head * length) * 2;
+          for (int64_t offset = 1 - length; offset < length; ++offset)
+            total[offset_column(offset, num_offsets)] += of_task[offset + length - 1];
+        }
       }
     }
   }

@@ -16,5 +16,9 @@ template <class T>
 void add_pool(Kernels<T>& table);
 template <class T>
 void add_cross_entropy(Kernels<T>& table);
+template <class T>
+void add_encoder(Kernels<T>& table);
+template <class T>
+void add_int8_linear(Kernels<T>& table);
 
 }  // namespace fastbert::FASTBERT_ISA

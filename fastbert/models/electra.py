@@ -20,7 +20,6 @@ from fastbert.models.encoder import (
     Encoder,
     EncoderModel,
     Layers,
-    Trace,
 )
 from fastbert.models.heads import (
     ClassificationHead,
@@ -88,12 +87,9 @@ class ElectraModel(EncoderModel):
         self.init_weights()
         speak_hf_names(self, NAMES)
 
-    def forward_packed(
-        self, batch: PackedBatch, trace: Trace | None = None, inputs_embeds: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """See `EncoderModel.forward_packed`; the first hidden state is the projected one."""
-        x = self.embeddings_project(self.embeddings(batch, inputs_embeds))
-        return self.encoder(x, batch, trace or Trace())
+    def embed(self, batch: PackedBatch, inputs_embeds: torch.Tensor | None = None) -> torch.Tensor:
+        """See `EncoderModel.embed`; the first hidden state is the projected one."""
+        return self.embeddings_project(super().embed(batch, inputs_embeds))
 
     def output(self, encoded: Encoded) -> BaseModelOutput:
         """Without a pooler."""

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,6 +26,12 @@ from fastbert.ops.dropout import draw_seed, dropout_ref
 from fastbert.packing import PackedBatch, Padding, pack_padded
 
 Layers = bool | int | Sequence[int]
+
+
+@cache
+def _engines() -> ModuleType:
+    """The floor above, found by name on first use."""
+    return import_module("fastbert.engine")
 
 
 class Dropout(nn.Dropout):
@@ -226,9 +235,23 @@ class EncoderModel(PreTrainedModel):
     ) -> torch.Tensor:
         """PackedBatch -> hidden states (T, D) of the last layer; nothing is padded.
 
-        `inputs_embeds` (N, E) replaces the word table: `batch.input_ids` are then rows of it.
+        `inputs_embeds` (N, E) replaces the word table: `batch.input_ids` are then rows of it. In `eval()` without
+        autograd, where nothing is recorded and no table replaced, an engine computes it if it can: `execution_plan`.
         """
-        return self.encoder(self.embeddings(batch, inputs_embeds), batch, trace or Trace())
+        recorded = trace is not None and (trace.hidden_states is not None or trace.attentions is not None)
+        if not (self.training or recorded or inputs_embeds is not None or torch.is_grad_enabled()):
+            hidden_TD = _engines().run(self, batch)
+            if hidden_TD is not None:
+                return hidden_TD
+        return self.encoder(self.embed(batch, inputs_embeds), batch, trace or Trace())
+
+    def embed(self, batch: PackedBatch, inputs_embeds: torch.Tensor | None = None) -> torch.Tensor:
+        """PackedBatch -> what the encoder starts from."""
+        return self.embeddings(batch, inputs_embeds)
+
+    def execution_plan(self) -> str:
+        """What a forward pass called now would run on: an engine, or the chain of ops and the reason why."""
+        return _engines().plan(self)
 
     def encode(
         self,

@@ -1,0 +1,165 @@
+// What Python sees of the frozen encoder: one object, of float or bf16 weights, with one call for a whole forward pass.
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <variant>
+
+#include "bindings_view.h"
+#include "encoder_driver.h"
+
+namespace fastbert {
+namespace {
+
+constexpr const char* kActivations[] = {"gelu", "gelu_tanh", "relu", "silu", "identity"};  // in the order of Activation
+
+Activation activation_of(const std::string& name) {
+  for (int i = 0; i < 5; ++i)
+    if (name == kActivations[i]) return static_cast<Activation>(i);
+  throw py::value_error("unknown activation '" + name + "'");
+}
+
+template <class T>
+constexpr Dtype dtype_of() {
+  return std::is_same_v<T, float> ? Dtype::float32 : Dtype::bfloat16;
+}
+
+template <class T>
+Matrix<T> matrix(Arg tensor, const char* name, int64_t columns = -1) {
+  const View view(tensor, name);
+  if (!view.present()) return {};
+  view.expect_ndim(2).expect(dtype_of<T>(), {view.size(0), columns < 0 ? view.size(1) : columns});
+  return {view, view.size(0), view.size(1)};
+}
+
+template <class T>
+const T* vector(Arg tensor, const char* name, int64_t size) {
+  const View view(tensor, name);
+  view.expect(dtype_of<T>(), {size});
+  return view.present() ? static_cast<const T*>(view) : nullptr;
+}
+
+// (weight (out, in), bias (out) or None); out < 0 takes any.
+template <class T>
+LinearSource<T> linear(Arg pair, const char* name, int64_t out, int64_t in) {
+  const auto [weight, bias] = py::cast<std::pair<py::object, py::object>>(pair);
+  const View view(weight, name);
+  view.expect_ndim(2).expect(dtype_of<T>(), {out < 0 ? view.size(0) : out, in});
+  const int64_t rows = view.size(0);
+  return {{view, rows, in}, vector<T>(bias, name, rows)};
+}
+
+// (weight (size), bias (size), eps).
+template <class T>
+NormSource<T> norm(Arg triple, const char* name, int64_t size) {
+  const auto [weight, bias, eps] = py::cast<std::tuple<py::object, py::object, float>>(triple);
+  if (weight.is_none() || bias.is_none()) throw py::value_error(std::string(name) + " needs a weight and a bias");
+  return {vector<T>(weight, name, size), vector<T>(bias, name, size), eps};
+}
+
+template <class T>
+EncoderSource<T> read(const py::dict& weights) {
+  EncoderSource<T> source;
+  source.word = matrix<T>(weights["word"], "word");
+  const int64_t E = source.word.columns;
+  source.position = matrix<T>(weights["position"], "position", E);
+  source.token_type = matrix<T>(weights["token_type"], "token_type", E);
+  source.embed_norm = norm<T>(weights["embed_norm"], "embed_norm", E);
+  const py::object project = weights["project"];
+  if (!project.is_none()) source.project = linear<T>(project, "project", -1, E);
+  const int64_t D = project.is_none() ? E : source.project.weight.rows;
+  source.num_heads = py::cast<int64_t>(weights["num_heads"]);
+  if (source.num_heads < 1 || D % source.num_heads)
+    throw py::value_error("num_heads " + std::to_string(source.num_heads) + " does not divide " + std::to_string(D));
+  source.activation = activation_of(py::cast<std::string>(weights["activation"]));
+  int64_t F = -1;
+  for (const py::handle item : weights["layers"]) {
+    const auto layer = py::cast<py::dict>(item);
+    const auto intermediate = linear<T>(layer["intermediate"], "intermediate", F, D);
+    F = intermediate.weight.rows;
+    source.layers.push_back({linear<T>(layer["qkv"], "qkv", 3 * D, D), linear<T>(layer["dense"], "dense", D, D),
+                             intermediate, linear<T>(layer["output"], "output", D, F),
+                             norm<T>(layer["attention_norm"], "attention_norm", D),
+                             norm<T>(layer["output_norm"], "output_norm", D)});
+  }
+  source.order = py::cast<std::vector<int64_t>>(weights["order"]);
+  for (const int64_t index : source.order)
+    if (index < 0 || index >= static_cast<int64_t>(source.layers.size()))
+      throw py::value_error("order names layer " + std::to_string(index) + " of " +
+                            std::to_string(source.layers.size()));
+  if (source.order.empty()) throw py::value_error("order names no layer");
+  source.rel_bias = matrix<float>(weights["rel_bias"], "rel_bias");
+  if (source.rel_bias.data && (source.rel_bias.rows != source.num_heads || source.rel_bias.columns % 2 == 0))
+    throw py::value_error("rel_bias must be (num_heads, an odd number of offsets)");
+  return source;
+}
+
+void check_ids(const View& ids, const char* name, int64_t rows) {
+  const int64_t* id = ids;
+  int64_t low = 0, high = 0;
+  for (int64_t i = 0; i < ids.numel(); ++i) {
+    low = id[i] < low ? id[i] : low;
+    high = id[i] > high ? id[i] : high;
+  }
+  if (low < 0 || high >= rows)
+    throw py::index_error(std::string(name) + " has values from " + std::to_string(low) + " to " +
+                          std::to_string(high) + " but the table has rows 0 to " + std::to_string(rows - 1));
+}
+
+// The encoder of one dtype, and the sizes of the tables that ids must fit.
+template <class T>
+struct Frozen {
+  explicit Frozen(const EncoderSource<T>& source)
+      : encoder(source), words(source.word.rows), positions(source.position.rows), types(source.token_type.rows) {}
+  Encoder<T> encoder;
+  int64_t words, positions, types;
+
+  void forward(Arg input_ids_, Arg position_ids_, Arg type_ids_, Arg cu_seqlens_, Arg out_, int64_t max_seqlen,
+               int num_threads) {
+    VIEW(input_ids); VIEW(position_ids); VIEW(type_ids); VIEW(cu_seqlens); VIEW(out);
+    const int64_t T_ = input_ids.expect_ndim(1).numel();
+    for (const View* v : {&input_ids, &position_ids, &type_ids}) v->expect(Dtype::int64, {T_});
+    const int64_t S = check_cu_seqlens(cu_seqlens, T_, max_seqlen);
+    out.expect(dtype_of<T>(), {T_, encoder.hidden_size()});
+    check_ids(input_ids, "input_ids", words);
+    check_ids(position_ids, "position_ids", positions);
+    if (type_ids.present() && types) check_ids(type_ids, "type_ids", types);
+    const Tokens tokens{input_ids, position_ids, type_ids.present() ? static_cast<const int64_t*>(type_ids) : nullptr,
+                        cu_seqlens, 0, S};
+    T* to = out;
+    const py::gil_scoped_release nogil;
+    encoder.forward(tokens, max_seqlen, to, num_threads < 1 ? 1 : num_threads);
+  }
+};
+
+class Either {
+ public:
+  explicit Either(const py::dict& weights) {
+    const View word(weights["word"], "word");
+    if (word.expect_float().is(Dtype::float32))
+      frozen_ = std::make_unique<Frozen<float>>(read<float>(weights));
+    else
+      frozen_ = std::make_unique<Frozen<bf16>>(read<bf16>(weights));
+  }
+  void forward(Arg input_ids, Arg position_ids, Arg type_ids, Arg cu_seqlens, Arg out, int64_t max_seqlen,
+               int num_threads) {
+    std::visit([&](auto& f) { f->forward(input_ids, position_ids, type_ids, cu_seqlens, out, max_seqlen, num_threads); },
+               frozen_);
+  }
+  int64_t nbytes() const {
+    return std::visit([](const auto& f) { return f->encoder.nbytes(); }, frozen_);
+  }
+
+ private:
+  std::variant<std::unique_ptr<Frozen<float>>, std::unique_ptr<Frozen<bf16>>> frozen_;
+};
+
+}  // namespace
+
+void bind_encoder(py::module_& m) {
+  py::class_<Either>(m, "Encoder")
+      .def(py::init<const py::dict&>())
+      .def("forward", &Either::forward)
+      .def_property_readonly("nbytes", &Either::nbytes);
+}
+
+}  // namespace fastbert

@@ -1,0 +1,115 @@
+// The one tile of all matrix products of the encoder: C = add + A B, A by broadcasts, B in rows of NV vectors.
+//
+// A sum runs along the depth in order whatever the tile's height, so neither batch nor threads change a bit.
+#pragma once
+#include "cpu/vec.h"
+
+namespace fastbert::FASTBERT_ISA {
+namespace {
+
+constexpr int kTileRows = W == 16 ? 14 : 6;  // 28 of 32 registers, or 12 of 16, hold sums
+constexpr int kColumns = 2 * W;              // of a panel of weights
+
+// C[0..MR) x [0..NV * W): A is (MR, depth), stored transposed if kTransposed; add has rows ld_add apart, or is null.
+template <int MR, int NV, bool kTransposed, class T>
+__attribute__((noinline)) void tile(int64_t depth, const T* a, int64_t lda, const T* b, int64_t ldb, const float* add,
+                                    int64_t ld_add, float* c, int64_t ldc) {
+  vf sums[MR][NV] = {};
+  for (int64_t k = 0; k < depth; ++k) {
+    vf row[NV];
+#pragma GCC unroll 16
+    for (int v = 0; v < NV; ++v) row[v] = load(b + k * ldb + v * W);
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m) {
+      const vf x = splat(get(kTransposed ? a[m + k * lda] : a[m * lda + k]));
+#pragma GCC unroll 16
+      for (int v = 0; v < NV; ++v) sums[m][v] += x * row[v];
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 16
+    for (int v = 0; v < NV; ++v) {
+      if (add) sums[m][v] += load(add + m * ld_add + v * W);
+      store(c + m * ldc + v * W, sums[m][v]);
+    }
+}
+
+#if defined(__AVX512BF16__)
+// Pairs of the depth lie side by side in B, so that one instruction multiplies both; an odd last one has a zero partner.
+constexpr bool kPairs = true;
+
+INLINE __m512i pair_at(const bf16* a, bool both) {
+  uint32_t bits = a->bits;
+  if (both) memcpy(&bits, a, sizeof bits);
+  return _mm512_set1_epi32(static_cast<int>(bits));
+}
+
+template <int MR>
+__attribute__((noinline)) void pair_tile(int64_t depth, const bf16* a, int64_t lda, const bf16* b, const float* add,
+                                         int64_t ld_add, float* c, int64_t ldc) {
+  __m512 sums[MR][2];
+#pragma GCC unroll 16
+  for (int m = 0; m < MR; ++m) sums[m][0] = sums[m][1] = _mm512_setzero_ps();
+  const auto step = [&](int64_t k, bool both) LAMBDA {
+    const __m512bh left = (__m512bh)_mm512_loadu_si512(b + k * kColumns);
+    const __m512bh right = (__m512bh)_mm512_loadu_si512(b + k * kColumns + 2 * W);
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m) {
+      const __m512bh x = (__m512bh)pair_at(a + m * lda + k, both);
+      sums[m][0] = _mm512_dpbf16_ps(sums[m][0], x, left);
+      sums[m][1] = _mm512_dpbf16_ps(sums[m][1], x, right);
+    }
+  };
+  int64_t k = 0;
+  for (; k + 2 <= depth; k += 2) step(k, true);
+  if (k < depth) step(k, false);
+#pragma GCC unroll 16
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 16
+    for (int v = 0; v < 2; ++v)
+      store(c + m * ldc + v * W, (vf)sums[m][v] + (add ? load(add + m * ld_add + v * W) : vf{}));
+}
+#else
+constexpr bool kPairs = false;
+#endif
+
+// The tile of exactly `rows` rows, at most MR.
+template <int NV, bool kTransposed = false, int MR = kTileRows, class T>
+INLINE void tile_of(int64_t rows, int64_t depth, const T* a, int64_t lda, const T* b, int64_t ldb, const float* add,
+                    int64_t ld_add, float* c, int64_t ldc) {
+  if (rows == MR) return tile<MR, NV, kTransposed>(depth, a, lda, b, ldb, add, ld_add, c, ldc);
+  if constexpr (MR > 1) tile_of<NV, kTransposed, MR - 1>(rows, depth, a, lda, b, ldb, add, ld_add, c, ldc);
+}
+
+// The tile of a panel of weights.
+INLINE void panel_tile(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* panel, const float* add,
+                       int64_t ld_add, float* c, int64_t ldc) {
+  tile_of<2>(rows, depth, a, lda, panel, kColumns, add, ld_add, c, ldc);
+}
+#if defined(__AVX512BF16__)
+template <int MR = kTileRows>
+INLINE void panel_tile(int64_t rows, int64_t depth, const bf16* a, int64_t lda, const bf16* panel, const float* add,
+                       int64_t ld_add, float* c, int64_t ldc) {
+  if (rows == MR) return pair_tile<MR>(depth, a, lda, panel, add, ld_add, c, ldc);
+  if constexpr (MR > 1) panel_tile<MR - 1>(rows, depth, a, lda, panel, add, ld_add, c, ldc);
+}
+#else
+INLINE void panel_tile(int64_t rows, int64_t depth, const bf16* a, int64_t lda, const bf16* panel, const float* add,
+                       int64_t ld_add, float* c, int64_t ldc) {
+  tile_of<2>(rows, depth, a, lda, panel, kColumns, add, ld_add, c, ldc);
+}
+#endif
+
+// f(first row, rows) over blocks of at most kTileRows rows, as equal as can be: a tile of few rows wastes cycles.
+template <class F>
+INLINE void each_tile(int64_t rows, F f) {
+  const int64_t count = (rows + kTileRows - 1) / kTileRows;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t begin = rows * i / count;
+    f(begin, rows * (i + 1) / count - begin);
+  }
+}
+
+}  // namespace
+}  // namespace fastbert::FASTBERT_ISA

@@ -1,0 +1,97 @@
+// An encoder that owns its packed weights and its arenas, and plans how threads share a batch.
+#pragma once
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "kernels.h"
+
+namespace fastbert {
+
+// Bytes, aligned to a cache line and in huge pages where the system gives them.
+class Memory {
+ public:
+  Memory() = default;
+  explicit Memory(std::size_t nbytes);
+  char* get() const { return data_.get(); }
+  std::size_t nbytes() const { return nbytes_; }
+
+ private:
+  struct Free {
+    void operator()(char* p) const;
+  };
+  std::unique_ptr<char, Free> data_;
+  std::size_t nbytes_ = 0;
+};
+
+// A parameter as Python holds it: (rows, columns) or (columns).
+template <class T>
+struct Matrix {
+  const T* data = nullptr;
+  std::int64_t rows = 0, columns = 0;
+};
+
+template <class T>
+struct LinearSource {
+  Matrix<T> weight;
+  const T* bias = nullptr;
+};
+
+template <class T>
+struct NormSource {
+  const T *weight = nullptr, *bias = nullptr;
+  float eps = 0.f;
+};
+
+template <class T>
+struct LayerSource {
+  LinearSource<T> qkv, dense, intermediate, output;
+  NormSource<T> attention_norm, output_norm;
+};
+
+// Everything is copied but the tables of embeddings, which must outlive the encoder.
+template <class T>
+struct EncoderSource {
+  Matrix<T> word, position, token_type;
+  NormSource<T> embed_norm;
+  LinearSource<T> project;
+  std::vector<LayerSource<T>> layers;
+  std::vector<std::int64_t> order;  // which layer comes when
+  Matrix<float> rel_bias;
+  std::int64_t num_heads = 0;
+  Activation activation = Activation::gelu;
+};
+
+template <class T>
+class Encoder {
+ public:
+  explicit Encoder(const EncoderSource<T>& source);
+
+  // Hidden states (T, D) of a batch of S sequences. Several threads may call it at once.
+  void forward(const Tokens& tokens, std::int64_t max_seqlen, T* out, int num_threads);
+
+  std::int64_t hidden_size() const { return weights_.D; }
+  std::int64_t nbytes() const { return static_cast<std::int64_t>(panels_.nbytes()); }
+
+ private:
+  Linear<T> pack(const LinearSource<T>& source, const std::vector<std::int64_t>& rows);
+  Linear<T> pack(const LinearSource<T>& source);
+  Norm copy(const NormSource<T>& source, std::int64_t size);
+  float* copy(const T* values, const std::vector<std::int64_t>& rows);
+  std::vector<std::int64_t> qkv_rows() const;
+  Memory borrow(std::size_t nbytes);
+  void give_back(Memory memory);
+
+  const Kernels<T> kernels_;
+  EncoderWeights<T> weights_{};
+  std::vector<EncoderLayer<T>> layers_;
+  std::vector<const EncoderLayer<T>*> order_;
+  Memory panels_;
+  std::size_t packed_ = 0;                  // bytes of panels_ in use
+  std::deque<std::vector<float>> vectors_;  // biases, norms; never moved
+  std::mutex mutex_;                        // of arenas_
+  std::vector<Memory> arenas_;
+};
+
+}  // namespace fastbert

@@ -1,0 +1,107 @@
+"""When an engine stands in for the chain of ops, and what is said about it.
+
+`EncoderModel.forward_packed` asks `run` by itself. An engine never changes an answer beyond its stated error, and a
+call that it cannot honour runs as ops.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary
+
+import torch
+from torch.nn.modules import module as global_hooks
+
+from fastbert import native
+from fastbert.engine import cpu
+from fastbert.models.encoder import EncoderModel
+from fastbert.ops.dispatch import forced_backend
+from fastbert.packing import PackedBatch
+
+MODES = ("auto", "off")
+
+_mode = "auto"
+_compiled: WeakKeyDictionary[EncoderModel, cpu.Engine] = WeakKeyDictionary()
+_compiling = threading.Lock()
+
+
+@contextmanager
+def use_engine(mode: str) -> Iterator[None]:
+    """Choose in the `with` block, for the whole process, whether inference may run on an engine.
+
+    Args:
+        mode: `"auto"` (the default outside) or `"off"`, which runs the chain of ops.
+
+    Raises:
+        ValueError: another mode.
+    """
+    global _mode
+    if mode not in MODES:
+        raise ValueError(f"use_engine: unknown mode {mode!r}; the modes are {', '.join(MODES)}")
+    before, _mode = _mode, mode
+    try:
+        yield
+    finally:
+        _mode = before
+
+
+def _circumstances(model: EncoderModel) -> str | None:
+    """Why a call made now runs as ops, whatever the model is made of."""
+    if _mode == "off":
+        return 'use_engine("off") is in force'
+    if torch.is_grad_enabled():
+        return "autograd records: call under torch.no_grad() or torch.inference_mode() for the engine"
+    if model.training:
+        return "the model is in training mode: call model.eval() for the engine"
+    if forced_backend() is not None:
+        return f"backend {forced_backend()!r} is forced"
+    if model.device.type != "cpu":
+        return f"there is no engine for {model.device.type}"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is on"
+    if torch.compiler.is_compiling():
+        return "torch.compile traces the call"
+    if global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:
+        return "a global forward hook is registered"
+    if not native.available():
+        return "the native extension was not built"
+    return None
+
+
+def _engine(model: EncoderModel) -> cpu.Engine | str:
+    """The engine of the model as it is now, packed (again) if need be; or why there is none."""
+    engine = _compiled.get(model)
+    if engine is not None and engine.is_fresh(model):
+        return engine
+    with _compiling:
+        engine = _compiled.get(model)  # another thread may have packed it meanwhile
+        if engine is not None and engine.is_fresh(model):
+            return engine
+        _compiled.pop(model, None)  # the old panels go before the new ones come
+        made = cpu.compile(model)
+        if isinstance(made, cpu.Engine):
+            _compiled[model] = made
+        return made
+
+
+def run(model: EncoderModel, batch: PackedBatch) -> torch.Tensor | None:
+    """Hidden states (T, D) of the last layer, or None where the call must run as ops.
+
+    Raises:
+        IndexError: ids outside a table.
+    """
+    if _circumstances(model) or batch.input_ids.device.type != "cpu":
+        return None
+    engine = _engine(model)
+    return None if isinstance(engine, str) else engine.run(batch)
+
+
+def plan(model: EncoderModel) -> str:
+    """One line: what a forward pass called now, in this thread, would run on, and why if that is not an engine.
+
+    A call that asks for hidden states, attentions or gives `inputs_embeds` runs as ops whatever it says.
+    """
+    made = _circumstances(model) or _engine(model)
+    return str(made) if isinstance(made, cpu.Engine) else f"ops: {made}"
