@@ -1,8 +1,10 @@
 // What Python sees of the frozen encoder: one object, of float or bf16 weights, with one call for a whole forward pass.
 #include <pybind11/stl.h>
 
+#include <cstring>
 #include <memory>
 #include <variant>
+#include <vector>
 
 #include "bindings_view.h"
 #include "encoder_driver.h"
@@ -153,9 +155,42 @@ class Either {
   std::variant<std::unique_ptr<Frozen<float>>, std::unique_ptr<Frozen<bf16>>> frozen_;
 };
 
+// Some bytes of each of some tensors, as they were. Writes that torch does not count (through .data or NumPy) change
+// them, unless they are to few elements only. The tensors must outlive it.
+class Samples {
+ public:
+  explicit Samples(const py::list& tensors) {
+    for (const py::handle tensor : tensors) {
+      const View view(tensor, "parameter");
+      const char* first = view;
+      const int64_t nbytes = view.numel() * view.nbytes_of_one();
+      for (int64_t i = 0; i < kEach && nbytes >= 4; ++i) {
+        at_.push_back(first + (nbytes - 4) / 4 * i / (kEach - 1) * 4);
+        values_.push_back(word(at_.back()));
+      }
+    }
+  }
+  bool same() const {
+    bool equal = true;
+    for (std::size_t i = 0; i < at_.size(); ++i) equal &= word(at_[i]) == values_[i];
+    return equal;
+  }
+
+ private:
+  static constexpr int64_t kEach = 8;
+  static std::uint32_t word(const char* p) {
+    std::uint32_t value;
+    std::memcpy(&value, p, sizeof value);
+    return value;
+  }
+  std::vector<const char*> at_;
+  std::vector<std::uint32_t> values_;
+};
+
 }  // namespace
 
 void bind_encoder(py::module_& m) {
+  py::class_<Samples>(m, "Samples").def(py::init<const py::list&>()).def("same", &Samples::same);
   py::class_<Either>(m, "Encoder")
       .def(py::init<const py::dict&>())
       .def("forward", &Either::forward)

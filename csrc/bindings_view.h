@@ -58,6 +58,7 @@ class View {
     for (int64_t i = 0; i < ndim(); ++i) n *= size(i);
     return n;
   }
+  int64_t nbytes_of_one() const { return tensor_.type_bits / 8; }
   int64_t columns() const { return ndim() ? size(ndim() - 1) : 1; }
   int64_t rows() const { return columns() ? numel() / columns() : 0; }
 

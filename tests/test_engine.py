@@ -369,9 +369,15 @@ def _data_pointer(model):
     model.encoder.layer[0].attention.dense.weight.data = torch.randn(48, 48)
 
 
+def _written_behind_torch(model):
+    for parameter in model.parameters():
+        parameter.data.mul_(1.1)
+
+
 @pytest.mark.parametrize(
     "change",
     [
+        _written_behind_torch,
         _optimizer_step,
         _load_state_dict,
         _assign_state_dict,

@@ -1,16 +1,60 @@
-"""The Triton backend: raw functions on tensors, `<op>_fwd` and `<op>_bwd`; no autograd, no modules, no dispatch."""
+"""The Triton backend: raw functions on tensors, `<op>_fwd` and `<op>_bwd`; no autograd, no modules, no dispatch.
+
+One file an op; `configs.py` has every block size; `python -m fastbert.kernels` compiles all of it without a GPU.
+Triton itself is imported with the first kernel.
+"""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
 import torch
 
-DTYPES: dict[str, tuple[torch.dtype, ...]] = {}  # op -> dtypes its kernel takes; the first kernel adds the first row
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_FILES = {op: op for op in ("embed", "attention", "add_layer_norm", "gelu", "pool", "cross_entropy")}
+_FILES["attention_rel_bias"] = "attention"
+_OLDEST = (8, 0)  # Ampere: bf16 tensor cores and asynchronous copies
+
+
+@cache
+def available() -> bool:
+    """Whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Whether kernels run on the CPU in Triton's interpreter (TRITON_INTERPRET=1 before the first kernel)."""
+    return available() and bool(importlib.import_module("triton.knobs").runtime.interpret)
+
+
+def _too_old() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() < _OLDEST
 
 
 def supports(op: str, device_type: str, dtype: torch.dtype) -> bool:
     """Whether this backend computes `op` on that device and dtype."""
-    return device_type == "cuda" and dtype in DTYPES.get(op, ())
+    if op not in _FILES or dtype not in DTYPES or not available():
+        return False
+    if device_type == "cpu":  # the interpreter multiplies the raw bits of bf16
+        return interpreted() and dtype != torch.bfloat16
+    return device_type == "cuda" and not interpreted() and not _too_old()
 
 
 def require() -> None:
-    """Nothing to check before the first kernel."""
+    """Raise ImportError without Triton, RuntimeError on a GPU that is too old for these kernels."""
+    if not available():
+        raise ImportError("the triton backend was forced but Triton is not installed: `pip install triton`")
+    if _too_old():
+        found, needed = (".".join(map(str, c)) for c in (torch.cuda.get_device_capability(), _OLDEST))
+        raise RuntimeError(f"the triton backend needs compute capability {needed}, this GPU has {found}")
+
+
+def __getattr__(name: str) -> Callable[..., Any]:
+    op = name.removesuffix("_fwd").removesuffix("_bwd")
+    if op == name or op not in _FILES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_FILES[op]}"), name)

@@ -18,7 +18,8 @@ import torch
 
 REFERENCE = "reference"
 BACKENDS = {"triton": "fastbert.kernels", "native": "fastbert.native"}
-DEFAULT = {"cuda": ("triton", "native"), "cpu": ("native",)}
+# A kernel is a default where it has run: the Triton ones have not been on a GPU yet (LOG.md, "Waits for a GPU").
+DEFAULT: dict[str, tuple[str, ...]] = {"cuda": (), "cpu": ("native",)}
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 _forced: str | None = None

@@ -1,0 +1,130 @@
+"""LN(residual + dropout(x)) and its gradient; z and the dropout bits are computed again in backward."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastbert.kernels.common import dropout_args, dropout_keep, on_device
+from fastbert.kernels.configs import norm_bwd_tile, norm_tile, num_partials
+
+
+@triton.jit
+def row_statistics(z, inside, eps, D: tl.constexpr):
+    """Mean and 1 / sqrt(var + eps) of each row of z, where `inside`; the variance is of centred values."""
+    mean = tl.sum(z, 1) / D
+    centred = tl.where(inside, z - mean[:, None], 0.0)
+    return mean, 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / D + eps)
+
+
+@triton.jit
+def layer_norm_grad(dy, z, weight, mean, rstd, inside, D: tl.constexpr):
+    """dz of y = normed * weight + bias, and `normed`; dy is zero outside."""
+    normed = tl.where(inside, (z - mean[:, None]) * rstd[:, None], 0.0)
+    g = dy * weight
+    along = tl.sum(g * normed, 1) / D
+    return (g - (tl.sum(g, 1) / D)[:, None] - normed * along[:, None]) * rstd[:, None], normed
+
+
+@triton.jit
+def _sum(x, residual, offsets, inside, rows, cols, seed, threshold, keep_scale):
+    z = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
+    if seed is not None:
+        z = tl.where(dropout_keep(seed, threshold, rows[:, None], cols[None, :]), z * keep_scale, 0.0)
+    if residual is not None:
+        z += tl.load(residual + offsets, mask=inside, other=0.0).to(tl.float32)
+    return z
+
+
+@triton.jit(do_not_specialize=["seed", "threshold", "T"])
+def _add_layer_norm_fwd_kernel(
+    x, residual, weight, bias, y, mean, rstd, eps, seed, threshold, keep_scale, T,
+    D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """One program: a few whole rows. Memory: reads x and residual, writes y; z lives in registers."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    cols = tl.arange(0, COLS)
+    inside = (rows < T)[:, None] & (cols < D)
+    offsets = rows.to(tl.int64)[:, None] * D + cols
+    z = _sum(x, residual, offsets, inside, rows, cols, seed, threshold, keep_scale)
+    mu, r = row_statistics(z, inside, eps, D)
+    w = tl.load(weight + cols, mask=cols < D, other=0.0).to(tl.float32)
+    b = tl.load(bias + cols, mask=cols < D, other=0.0).to(tl.float32)
+    tl.store(y + offsets, (z - mu[:, None]) * r[:, None] * w + b, mask=inside)
+    tl.store(mean + rows, mu, mask=rows < T)
+    tl.store(rstd + rows, r, mask=rows < T)
+
+
+@triton.jit(do_not_specialize=["seed", "threshold", "T"])
+def _add_layer_norm_bwd_kernel(
+    dy, x, residual, weight, mean, rstd, dx, dresidual, partials, seed, threshold, keep_scale, T,
+    D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """One program: every n-th group of rows. Memory: reads dy, x and residual, writes dx (and dresidual under
+    dropout), and one partial sum of dweight and dbias a program."""
+    cols = tl.arange(0, COLS)
+    w = tl.load(weight + cols, mask=cols < D, other=0.0).to(tl.float32)
+    dweight = tl.zeros((ROWS, COLS), tl.float32)
+    dbias = tl.zeros((ROWS, COLS), tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0)):
+        rows = tile * ROWS + tl.arange(0, ROWS)
+        inside = (rows < T)[:, None] & (cols < D)
+        offsets = rows.to(tl.int64)[:, None] * D + cols
+        z = _sum(x, residual, offsets, inside, rows, cols, seed, threshold, keep_scale)
+        mu = tl.load(mean + rows, mask=rows < T, other=0.0)
+        r = tl.load(rstd + rows, mask=rows < T, other=0.0)
+        g = tl.load(dy + offsets, mask=inside, other=0.0).to(tl.float32)
+        dz, normed = layer_norm_grad(g, z, w, mu, r, inside, D)
+        dweight += g * normed
+        dbias += g
+        if dresidual is not None:
+            tl.store(dresidual + offsets, dz, mask=inside)
+        if seed is not None:
+            dz = tl.where(dropout_keep(seed, threshold, rows[:, None], cols[None, :]), dz * keep_scale, 0.0)
+        tl.store(dx + offsets, dz, mask=inside)
+    partials += tl.program_id(0).to(tl.int64) * (2 * D) + cols
+    tl.store(partials, tl.sum(dweight, 0), mask=cols < D)
+    tl.store(partials + D, tl.sum(dbias, 0), mask=cols < D)
+
+
+def add_layer_norm_fwd(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dropout_p: float, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, and mean and 1/std (fp32) of each row."""
+    T, D = x.shape[:-1].numel(), x.shape[-1]
+    y, (mean, rstd) = torch.empty_like(x), torch.empty(2, T, dtype=torch.float32, device=x.device)
+    tile = norm_tile(D)
+    with on_device(x):
+        _add_layer_norm_fwd_kernel[(triton.cdiv(T, tile.rows),)](
+            x, residual, weight.contiguous(), bias.contiguous(), y, mean, rstd, eps, *dropout_args(dropout_p, seed),
+            T, D, tile.rows, tile.cols, **tile.options(),
+        )  # fmt: skip
+    return y, mean, rstd
+
+
+def add_layer_norm_bwd(
+    dy: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    dropout_p: float,
+    seed: int,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """dx, dresidual, dweight, dbias. Without dropout dx and dresidual are one tensor: they are equal."""
+    T, D = x.shape[:-1].numel(), x.shape[-1]
+    dx = torch.empty_like(x)
+    dresidual = torch.empty_like(x) if residual is not None and dropout_p > 0.0 else None
+    tile = norm_bwd_tile(D)
+    with on_device(x):
+        num_programs = min(triton.cdiv(T, tile.rows), num_partials())
+        partials = torch.empty(num_programs, 2, D, dtype=torch.float32, device=x.device)
+        _add_layer_norm_bwd_kernel[(num_programs,)](
+            dy, x, residual, weight.contiguous(), mean, rstd, dx, dresidual, partials, *dropout_args(dropout_p, seed),
+            T, D, tile.rows, tile.cols, **tile.options(),
+        )  # fmt: skip
+    dweight, dbias = partials.sum(0).to(weight.dtype)
+    return dx, dx if residual is not None and dresidual is None else dresidual, dweight, dbias

@@ -1,0 +1,271 @@
+"""The Triton backend without a GPU: the op grid in the interpreter, mutants of kernels, the code that they compile to.
+
+The interpreter is chosen as kernels are imported, so one test runs this file and the op grid again in a process with
+TRITON_INTERPRET=1; tests marked `interpreted` run there. Tests marked `gpu` need a CUDA device.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastbert import kernels, ops, testing
+from fastbert.ops import dispatch
+from fastbert.ops.pool import pool_ref
+
+if not kernels.available():
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+import triton
+import triton.language as tl
+
+from fastbert.kernels import add_layer_norm, ahead, attention, common, configs
+
+interpreted = pytest.mark.skipif(not kernels.interpreted(), reason="runs in the process with TRITON_INTERPRET=1")
+compiled = pytest.mark.skipif(kernels.interpreted(), reason="the interpreter compiles nothing")
+
+OPS = sorted({case.op for case in testing.CASES})
+
+
+def _case(name: str) -> testing.Case:
+    return next(c for c in testing.CASES if str(c) == name)
+
+
+@compiled
+def test_grid_and_mutants_in_the_interpreter():
+    """Large cases run in fp16 alone: they take most of the time, and what they add (12 heads of 64, thousands of
+    features) does not depend on the dtype."""
+    here = Path(__file__).parent
+    keep = "(triton-cpu and not (float32 and (bert_base or mpnet_base))) or test_kernels"
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-k", keep, here / "test_ops.py", here / "test_kernels.py"],
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        cwd=here.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout[-4000:]
+    summary = run.stdout.splitlines()[-1]
+    num_large = sum("base" in case.name for case in testing.CASES)
+    assert int(summary.split(" passed")[0].split()[-1]) >= 2 * len(testing.CASES) - num_large, summary
+
+
+@interpreted
+def test_interpreter_takes_what_it_computes_right():
+    for op in OPS:
+        assert kernels.supports(op, "cpu", torch.float32)
+        assert kernels.supports(op, "cpu", torch.float16)
+        assert not kernels.supports(op, "cpu", torch.bfloat16), "the interpreter multiplies the raw bits of bf16"
+        assert not kernels.supports(op, "cuda", torch.float32)
+
+
+# Mutants: a plausible mistake in a kernel must fail the oracle.
+
+
+@triton.jit
+def _another_hash(x):
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68D
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _forgets_the_mean(dy, z, weight, mean, rstd, inside, D: tl.constexpr):
+    normed = tl.where(inside, (z - mean[:, None]) * rstd[:, None], 0.0)
+    g = dy * weight
+    return (g - normed * (tl.sum(g * normed, 1) / D)[:, None]) * rstd[:, None], normed
+
+
+@triton.jit
+def _one_diagonal_late(ds, shift: tl.constexpr, BLOCK: tl.constexpr):
+    cols = tl.arange(0, BLOCK)[:, None] + tl.arange(0, BLOCK)[None, :] + shift + 1
+    there = (cols >= 0) & (cols < BLOCK)
+    return tl.sum(tl.where(there, tl.gather(ds, tl.where(there, cols, 0), 1), 0.0), 0)
+
+
+_token_ranges = attention._token_ranges
+
+
+def _one_key_more(cu_seqlens, num_tokens):
+    return (_token_ranges(cu_seqlens, num_tokens) + torch.tensor([[0], [1]]).int()).clamp(max=num_tokens)
+
+
+MUTANTS = [
+    ("add_layer_norm-dropout", common, "hash32", _another_hash),
+    ("attention-dropout", common, "hash32", _another_hash),
+    ("embed-dropout", common, "hash32", _another_hash),
+    ("add_layer_norm-ragged", add_layer_norm, "layer_norm_grad", _forgets_the_mean),
+    ("attention-ragged", attention, "_token_ranges", _one_key_more),
+    ("attention-length_64", attention, "_token_ranges", _one_key_more),
+    ("attention_rel_bias-ragged", attention, "_diagonal_sums", _one_diagonal_late),
+]
+
+
+@interpreted
+@pytest.mark.parametrize(("name", "module", "attribute", "mutant"), MUTANTS, ids=lambda v: v if type(v) is str else "")
+def test_mutant_fails(monkeypatch, name, module, attribute, mutant):
+    monkeypatch.setattr(module, attribute, mutant)
+    with ops.use_backend("triton"), pytest.raises(AssertionError, match="budget"):
+        testing.check_case(_case(name), torch.float32)
+
+
+# Properties of the token grid.
+
+
+@interpreted
+def test_tokens_after_the_last_sequence_are_inert(poisoned_empty):
+    """A batch may be a bucket of a fixed T: what lies after the last sequence changes nothing and gets zeros."""
+    inputs = _case("attention-ragged").inputs(torch.float32)
+    qkv, cu = inputs["qkv"].detach(), inputs["cu_seqlens"]
+    T, rest = qkv.shape[0], (cu, 24, 0.3, 0.2, 5)
+    bucket = torch.cat([qkv, torch.full((40, *qkv.shape[1:]), float("nan"))])
+    (out, lse), (alone, lse_alone) = attention.attention_fwd(bucket, *rest), attention.attention_fwd(qkv, *rest)
+    assert torch.equal(out[:T], alone)
+    assert (out[T:] == 0).all()
+    dqkv = attention.attention_bwd(torch.ones_like(out), bucket, out, lse, *rest)
+    assert torch.equal(dqkv[:T], attention.attention_bwd(torch.ones_like(alone), qkv, alone, lse_alone, *rest))
+
+
+@interpreted
+def test_maximum_of_nan_infinity_and_ties(poisoned_empty):
+    nan, inf = float("nan"), float("inf")
+    hidden = torch.tensor([[1.0, nan, -inf, inf, 2.0], [1.0, inf, -inf, nan, 3.0], [0.0, nan, -inf, inf, 3.0]])
+    cu = torch.tensor([0, 0, 3], dtype=torch.int32)
+    out, argmax = kernels.pool_fwd(hidden, cu, "max")
+    torch.testing.assert_close(out[1], torch.tensor([1.0, nan, -inf, nan, 3.0]), equal_nan=True)
+    assert argmax.tolist() == [[-1] * 5, [0, 0, 0, 1, 1]]
+    torch.testing.assert_close(out, pool_ref(hidden, cu, "max"), equal_nan=True)
+
+
+@interpreted
+def test_labels_outside_the_vocabulary_give_nan():
+    """A GPU is not asked whether labels fit: that would cost a synchronisation."""
+    losses, _ = kernels.cross_entropy_fwd(torch.zeros(4, 8), torch.tensor([3, 8, -1, -100]), -100)
+    assert losses.isnan().tolist() == [False, True, True, False]
+
+
+# Errors.
+
+
+def test_sizes_past_the_register_file_are_named():
+    cu = torch.tensor([0, 2], dtype=torch.int32)
+    with pytest.raises(ValueError, match="head sizes 1 to 128, got 129"):
+        attention.attention_fwd(torch.ones(2, 3, 1, 129), cu, 2, 1.0, 0.0, 0)
+    with pytest.raises(ValueError, match="20000 features but the kernels take at most 16384"):
+        configs.norm_tile(20000)
+
+
+@compiled
+def test_where_the_backend_runs(monkeypatch):
+    assert not kernels.supports("gelu", "cpu", torch.float32)
+    assert not kernels.supports("int8_linear", "cuda", torch.bfloat16)
+    assert not kernels.supports("gelu", "cuda", torch.float64)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+    assert not kernels.supports("gelu", "cuda", torch.float16)
+    with pytest.raises(RuntimeError, match=r"needs compute capability 8\.0, this GPU has 7\.5"):
+        kernels.require()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    assert all(kernels.supports(op, "cuda", torch.bfloat16) for op in OPS)
+    monkeypatch.setattr(kernels, "available", lambda: False)
+    assert not kernels.supports("gelu", "cuda", torch.float16)
+    with pytest.raises(ImportError, match="pip install triton"):
+        kernels.require()
+
+
+def test_every_op_has_both_directions():
+    for op in OPS:
+        assert callable(getattr(kernels, f"{op}_fwd"))
+        assert callable(getattr(kernels, f"{op}_bwd"))
+    with pytest.raises(AttributeError, match="int8_linear_fwd"):
+        kernels.int8_linear_fwd  # noqa: B018
+
+
+# Ahead-of-time compilation: what the compiler made of every kernel for a GPU that is not here.
+
+# Registers of a thread: 65536 a multiprocessor, so 80 leave six programs of 128 threads, up to 255 leave two. Triton
+# 3.6 and 3.9 differ by up to 50 for one kernel.
+MOST_REGISTERS = {"attention_fwd": 192, "attention_dq": 232, "attention_dkv": 255}
+FEW_REGISTERS = 80
+BYTES_MOVED = {"ranges": 4, "pool_bwd": 16}  # the rest reads 16 bytes at a time
+
+
+def _check(kernel: ahead.Compiled) -> None:
+    what = f"{kernel.call}: {kernel.kernel} on sm_{kernel.architecture}"
+    assert kernel.spills == 0, f"{what} keeps {kernel.spills} bytes of each thread in memory"
+    most = MOST_REGISTERS.get(kernel.kernel, FEW_REGISTERS)
+    if "rel_bias" in kernel.call:
+        most = 255
+    assert kernel.registers <= most, f"{what} takes {kernel.registers} registers, more than {most}"
+    width = kernel.widest("st") if kernel.kernel == "pool_bwd" else kernel.widest("ld")
+    assert width == BYTES_MOVED.get(kernel.kernel, 16), f"{what} moves {width} bytes at a time"
+    if kernel.kernel in MOST_REGISTERS:
+        small = kernel.kernel == "attention_dq" and "rel_bias" in kernel.call  # tiles of 32 rows: wgmma needs 64
+        meant = "wgmma" if kernel.architecture >= 90 and not small else "mma"
+        assert kernel.matrix_instruction == meant, f"{what} multiplies with {kernel.matrix_instruction}, not {meant}"
+        assert kernel.shared <= 99 * 1024, f"{what} takes {kernel.shared} bytes of shared memory"
+
+
+@compiled
+@pytest.mark.parametrize("architecture", ahead.ARCHITECTURES)
+def test_compiles_ahead_without_spills(architecture):
+    found = ahead.compile_ahead(architecture)
+    assert {c.call.split()[0] for c in found} == {f"{op}_{way}" for op in OPS for way in ("fwd", "bwd")}
+    for kernel in found:
+        _check(kernel)
+
+
+@compiled
+@pytest.mark.parametrize("architecture", ahead.ARCHITECTURES)
+def test_widest_heads_do_not_spill(architecture):
+    for kernel in ahead.compile_ahead(architecture, head_size=128, match="attention_rel_bias"):
+        assert kernel.spills == 0, f"{kernel.kernel} keeps {kernel.spills} bytes of each thread in memory"
+
+
+@compiled
+def test_limits_catch_a_tile_too_large(monkeypatch):
+    monkeypatch.setattr(attention, "attention_dq_tile", lambda *_: configs.Tile(128, 128, 4))
+    kernel = next(c for c in ahead.compile_ahead(90, match="attention_bwd") if c.kernel == "attention_dq")
+    with pytest.raises(AssertionError, match="in memory"):
+        _check(kernel)
+
+
+# On a GPU.
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("op", OPS)
+def test_two_runs_give_the_same_bits(op):
+    for case in (c for c in testing.CASES if c.op == op and "base" in c.name):
+        with ops.use_backend("triton"):
+            once, again = (
+                testing.forward_backward(testing.PUBLIC[op], case.inputs(torch.bfloat16, "cuda")) for _ in range(2)
+            )
+        for key, value in once.items():
+            assert torch.equal(value, again[key]), f"{case} {key}"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_addresses_past_2_to_the_31():
+    T, n = 2**31 // (3 * 12 * 64) + 640, 128
+    T -= T % n
+    qkv = torch.zeros(T, 3, 12, 64, dtype=torch.bfloat16, device="cuda")
+    qkv[-n:] = torch.randn(n, 3, 12, 64)
+    cu = torch.arange(0, T + 1, n, dtype=torch.int32, device="cuda")
+    with ops.use_backend("triton"):
+        alone = ops.attention(qkv[-n:], cu[:2], n)
+        assert torch.equal(ops.attention(qkv, cu, n)[-n:], alone)
+
+
+def test_on_a_gpu_kernels_are_offered_and_not_yet_the_default():
+    """They have not run on one: `LOG.md`, "Waits for a GPU". When they have, the default changes and so does this."""
+    assert dispatch.BACKENDS["triton"] == kernels.__name__
+    assert dispatch.DEFAULT["cuda"] == ()
