@@ -21,7 +21,8 @@ def test_rows_of_a_right_op(tmp_path, monkeypatch):
     assert "reference" in {row.backend for row in rows}
     for row in rows:
         assert 0 < row.ms_p20 <= row.ms_p50 <= row.ms_p80
-        assert row.roof_percent > 0
+        assert row.roof_percent >= 0  # rounded; a busy machine may be that slow
+        assert row.gb_s >= 0
         assert row.commit
         assert row.threads == torch.get_num_threads()
     path = harness.write(rows, "here")

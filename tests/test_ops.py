@@ -315,6 +315,14 @@ def test_a_backend_of_attention_rel_bias_gets_its_arguments(monkeypatch):
     assert asked == ["attention_rel_bias"]
 
 
+def test_max_pooling_keeps_nan_as_torch_does():
+    hidden = torch.tensor([[1.0, float("nan")], [float("nan"), 2.0], [2.0, 1.0]]).repeat(1, 40)
+    cu_seqlens = torch.tensor([0, 3]).int()
+    for backend in ("reference", *(b for b in dispatch.BACKENDS if dispatch.has(b, "pool", "cpu", hidden.dtype))):
+        with ops.use_backend(backend):
+            assert ops.pool(hidden, cu_seqlens, "max").isnan().all(), backend
+
+
 # Errors, and the dispatch table.
 
 

@@ -40,7 +40,7 @@ INLINE void max_columns(const T* first, int32_t begin, int32_t length, int64_t D
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
       const vf x = load(first + t * D + v * W, n);
-      const vi above = ~(x <= top[v]);  // or x is NaN, which wins, as in torch
+      const vi above = ~(x <= top[v]) & (top[v] == top[v]);  // the first NaN wins and stays, as in torch
       top[v] = above ? x : top[v];
       place[v] = above ? vi{} + t : place[v];
     }

@@ -19,7 +19,7 @@ def table() -> Table:
     """Op x backend: the dtypes each takes; the backend that runs unasked is marked."""
     grid = Table(title="fastbert ops (* = runs unless another backend is forced)")
     for column in ("op", "device", *dispatch.BACKENDS, dispatch.REFERENCE):
-        grid.add_column(column)
+        grid.add_column(column, no_wrap=column == "op", min_width=max(map(len, OPS)) if column == "op" else None)
     for op in OPS:
         dtypes = (_INTEGER_OPS[op],) if op in _INTEGER_OPS else dispatch.DTYPES
         for device in dispatch.DEFAULT:
