@@ -64,7 +64,7 @@ def require() -> ModuleType:
 
 
 def isa() -> str:
-    """The instruction set in use: `portable`, `avx2`, `avx512` or `avx512bf16`; FASTBERT_ISA chooses, by default the best one."""
+    """The instruction set in use, the best one unless FASTBERT_ISA chooses: portable, avx2, avx512 or avx512bf16."""
     return require().isa()
 
 
