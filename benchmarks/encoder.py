@@ -74,6 +74,11 @@ def providers(folder: str, only: list[str] | None) -> Iterator[tuple[str, Encode
             yield name, partial(model.encode, normalize_embeddings=True, show_progress_bar=False)
 
 
+def dtype_of(name: str) -> str:
+    """In which a provider computes, by its name."""
+    return {"bf16": "bfloat16", "int8": "int8"}.get(name.rpartition("-")[2], "float32")
+
+
 def worst_cosine(vectors: np.ndarray, exact: np.ndarray) -> float:
     """Least cosine of two lists of unit vectors."""
     return float((vectors.astype(np.float64) * exact).sum(1).min())
@@ -128,7 +133,7 @@ def main() -> None:
                 p50, p20, p80 = harness.percentiles(ms)
                 rows.append(
                     harness.Row(
-                        "encode", f"{mix}-{len(batch)}x{tokens}", name, mode, "float32",
+                        "encode", f"{mix}-{len(batch)}x{tokens}", name, mode, dtype_of(name),
                         *(round(v, 4) for v in (p50, p20, p80)), 0.0, round(flop / p50 / 1e9, 4),
                         round(100 * roofs.bound_ms(0, flop) / p50, 1), harness.device_name("cpu"), torch.__version__,
                         native.isa() if native.available() else "none", torch.get_num_threads(), harness.load(),

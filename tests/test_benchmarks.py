@@ -7,7 +7,7 @@ import csv
 import pytest
 import torch
 
-from benchmarks import harness, ops
+from benchmarks import harness, ops, report
 from fastbert import testing
 
 CASE = next(c for c in testing.CASES if str(c) == "gelu-ragged")
@@ -50,3 +50,10 @@ def test_variants_take_turns():
     times = harness.interleave({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=2, warmup=1)
     assert calls == ["a", "b"] * 3
     assert [len(t) for t in times.values()] == [2, 2]
+
+
+def test_numbers_in_the_readme_are_the_committed_rows():
+    text = report.README.read_text(encoding="utf-8")
+    assert report.render(text) == text
+    assert "| query |" in text
+    assert report.render(text.replace("| query |", "| quarry |")) == text
