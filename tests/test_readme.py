@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
+FOLDERS = ("", "fastbert", "fastbert/models", "tests", "benchmarks")
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = re.findall(r"^(?:cat queries\.txt \| )?fastbert embed .*?(?=\s+#|$)", README, re.MULTILINE)
 
@@ -42,4 +43,4 @@ def test_commands(tmp_path):
 def test_tree_is_true():
     for name in re.findall(r"\b([a-z_]+/|[a-z_]+\.(?:py|md))(?=\s|,|$)", README.split("## What is where")[1]):
         root = Path(__file__).parent.parent
-        assert any((root / folder / name).exists() for folder in ("", "fastbert", "fastbert/models", "tests")), name
+        assert any((root / folder / name).exists() for folder in FOLDERS), name
