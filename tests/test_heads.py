@@ -520,3 +520,13 @@ def test_mutant_fails(name, mutate, tmp_path):
     a = results(head, ours, inputs, labels, torch.float64, ours=True)
     b = results(head, theirs, inputs, labels, torch.float64, ours=False)
     assert max((a[k] - b[k]).abs().max().item() for k in b if k in a and "grad" not in k) > 1e-6
+
+
+def test_a_head_says_what_its_encoder_runs_on():
+    model = fastbert.BertForMaskedLM(fastbert.BertConfig(**SMALL))
+    assert model.execution_plan() == model.bert.execution_plan()
+    assert "autograd records" in model.execution_plan()
+    with torch.no_grad():
+        assert "training mode" in model.train().execution_plan()
+        assert model.eval().execution_plan() == model.bert.execution_plan()
+        assert "autograd" not in model.execution_plan()

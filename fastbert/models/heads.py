@@ -42,6 +42,10 @@ class HeadModel(PreTrainedModel):
         """The encoder."""
         return getattr(self, self.base_model_prefix)
 
+    def execution_plan(self) -> str:
+        """What the encoder would run on now; see `EncoderModel.execution_plan`."""
+        return self.base_model.execution_plan()
+
     def get_input_embeddings(self) -> nn.Embedding:
         """The table of word embeddings."""
         return self.base_model.get_input_embeddings()
