@@ -227,8 +227,18 @@ class EncoderModel(PreTrainedModel):
         self.embeddings.word_embeddings = table
 
     def padded_positions(self, input_ids: torch.Tensor | None, shape: tuple[int, int]) -> torch.Tensor | None:
-        """(B, L) position ids that the family gives a padded batch; None = the column."""
-        return None
+        """(B, L) or (L) position ids that the family gives a padded batch; None = the column.
+
+        With a `position_offset` tokens count on from it and padding has the position before it. Which tokens are
+        padding is read from the ids, whatever the mask says; embeddings count as no padding.
+        """
+        if self.position_offset == 0:
+            return None
+        if input_ids is None:
+            return self.position_offset + torch.arange(shape[1], device=self.device)
+        pad = self.position_offset - 1
+        token = input_ids != pad
+        return pad + token.cumsum(1) * token
 
     def forward_packed(
         self, batch: PackedBatch, trace: Trace | None = None, inputs_embeds: torch.Tensor | None = None

@@ -113,13 +113,6 @@ class MPNetModel(EncoderModel):
         self.init_weights()
         speak_hf_names(self, NAMES)
 
-    def padded_positions(self, input_ids: torch.Tensor | None, shape: tuple[int, int]) -> torch.Tensor:
-        """(B, L) positions, counted over the ids that are not padding (whatever the mask says) from PADDING_IDX + 1."""
-        if input_ids is None:
-            return torch.arange(self.position_offset, self.position_offset + shape[1], device=self.device).expand(shape)
-        real = (input_ids != PADDING_IDX).long()
-        return real.cumsum(1) * real + PADDING_IDX
-
     def encode(
         self,
         input_ids: torch.Tensor | None,

@@ -64,17 +64,6 @@ class RobertaModel(EncoderModel):
         self.init_weights()
         speak_hf_names(self, NAMES)
 
-    def padded_positions(self, input_ids: torch.Tensor | None, shape: tuple[int, int]) -> torch.Tensor:
-        """Tokens other than padding count on from `position_offset`; padding has the position before it.
-
-        Which tokens are padding is read from the ids, whatever the mask says; embeddings count as no padding.
-        """
-        if input_ids is None:
-            return self.position_offset + torch.arange(shape[1], device=self.device)
-        pad = self.position_offset - 1
-        token = input_ids != pad
-        return pad + token.cumsum(1) * token
-
 
 class LMHead(nn.Module):
     """W LN(gelu(dense h)) + b; gelu is the erf form whatever `hidden_act` says."""
