@@ -38,13 +38,13 @@ FLOORS = {
     "verify": 5,
     "cli": 6,
     "demo": 6,
+    "__main__": 7,
 }
 
 # A file over budget is split by meaning. The default is for files that no row names.
 DEFAULT_BUDGET = 300
 BUDGETS = {
     "__init__.py": 60,
-    "cli.py": 200,
     "native.py": 320,
     "packing.py": 270,
     "models/encoder.py": 380,
@@ -63,10 +63,18 @@ ONLY_IN = {
     "transformers": {"swap"},
     "matplotlib": {"plot.py"},
     "sentence_transformers": set(),
-    "pyarrow": {"corpus.py"},
-    "rich": {"progress.py", "demo.py", "ops/__main__.py", "embed_corpus.py", "cli.py", "verify.py"},
+    "pyarrow": {"corpus.py", "train"},
+    "rich": {"progress.py", "demo.py", "ops/__main__.py", "embed_corpus.py", "cli", "verify.py", "train", "serve"},
     "triton": {"kernels"},
-    "typer": {"cli.py"},
+    "typer": {"cli"},
+    "datasets": {"train"},
+    "torch.utils.tensorboard": {"train"},
+    "fastapi": {"serve"},
+    "uvicorn": {"serve"},
+    "orjson": {"serve"},
+    "prometheus_client": {"serve"},
+    "opentelemetry": {"serve"},
+    "ray": {"serve"},
 }
 
 
@@ -112,7 +120,7 @@ def test_floors(path):
 def test_optional_dependencies_have_one_door(path):
     relative = _relative(path)
     for name in _imports(ast.parse(path.read_text())):
-        allowed = ONLY_IN.get(name.split(".")[0])
+        allowed = ONLY_IN.get(name, ONLY_IN.get(name.split(".")[0]))
         if allowed is not None:
             assert relative in allowed or _room(relative) in allowed, f"{relative} imports {name}"
 

@@ -229,7 +229,7 @@ class AlbertForPreTraining(AlbertHead):
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
             output_attentions, output_hidden_states,
         )  # fmt: skip
-        labels_T = None if labels is None or sentence_order_label is None else encoded.padding.pack(labels)
+        labels_T = None if labels is None or sentence_order_label is None else encoded.pack(labels)
         with_logits = (labels_T is None or not self.training) if output_logits is None else output_logits
         loss, logits = vocabulary_loss(self.predictions, encoded.hidden_TD, labels_T, with_logits)
         order = self.sop_classifier(self.pooled(encoded))

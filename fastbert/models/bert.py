@@ -206,7 +206,7 @@ class BertForPreTraining(BertHead):
         )  # fmt: skip
         both = labels is not None and next_sentence_label is not None
         with_logits = not (both and self.training) if output_logits is None else output_logits
-        labels_T = encoded.padding.pack(labels) if both and labels is not None else None
+        labels_T = encoded.pack(labels) if both and labels is not None else None
         mlm_loss, logits = vocabulary_loss(self.cls.predictions, encoded.hidden_TD, labels_T, with_logits)
         relationship = self.cls.seq_relationship(self.pooled(encoded))
         loss = None

@@ -189,7 +189,7 @@ class ElectraForPreTraining(ElectraHead):
         loss = None
         if labels is not None:
             scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            loss = F.binary_cross_entropy_with_logits(scores, encoded.padding.pack(labels).to(scores.dtype))
+            loss = F.binary_cross_entropy_with_logits(scores, encoded.pack(labels).to(scores.dtype))
         output = ElectraForPreTrainingOutput(loss, encoded.unpack(logits), encoded.hidden_states, encoded.attentions)
         return self.finish(output, return_dict)
 

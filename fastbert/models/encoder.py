@@ -7,7 +7,7 @@ is removed, `Encoded.unpack` the one where it is put back. It knows no family: c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -169,17 +169,27 @@ class Pooler(nn.Module):
 
 @dataclass(frozen=True)
 class Encoded:
-    """What the encoder made of a padded call: packed hidden states, and the way back to (B, L)."""
+    """What the encoder made of a call: packed hidden states, and the way back to (B, L) where the call was padded."""
 
     hidden_TD: torch.Tensor
     batch: PackedBatch
-    padding: Padding
-    trace: Trace
-    layers: Layers | None
+    padding: Padding | None = None
+    trace: Trace = field(default_factory=Trace)
+    layers: Layers | None = None
 
-    def unpack(self, values: torch.Tensor) -> torch.Tensor:
-        """(T, ...) -> (B, L, ...), zeros at padding."""
-        return self.padding.unpack(values)
+    def pack(self, values: torch.Tensor) -> torch.Tensor:
+        """(B, L, ...) -> (T, ...): keep the real tokens."""
+        return self._way_back.pack(values)
+
+    def unpack(self, values: torch.Tensor, fill: float = 0.0) -> torch.Tensor:
+        """(T, ...) -> (B, L, ...), `fill` at padding."""
+        return self._way_back.unpack(values, fill)
+
+    @property
+    def _way_back(self) -> Padding:
+        if self.padding is None:
+            raise ValueError("this batch came packed: it has no padded form")
+        return self.padding
 
     @property
     def first_token(self) -> torch.Tensor:
@@ -199,7 +209,8 @@ class Encoded:
     @property
     def attentions(self) -> tuple[torch.Tensor, ...] | None:
         """num_layers x (B, H, L, L) if asked for."""
-        return None if self.trace.attentions is None else tuple(map(self.padding.unpack_square, self.trace.attentions))
+        attentions = self.trace.attentions
+        return None if attentions is None else tuple(map(self._way_back.unpack_square, attentions))
 
 
 def _as_list(layers: Any) -> list[int]:
@@ -254,6 +265,10 @@ class EncoderModel(PreTrainedModel):
             if hidden_TD is not None:
                 return hidden_TD
         return self.encoder(self.embed(batch, inputs_embeds), batch, trace or Trace())
+
+    def encode_packed(self, batch: PackedBatch) -> Encoded:
+        """What the heads' `logits` start from, without the padded call: `head.logits(model.encode_packed(batch))`."""
+        return Encoded(self.forward_packed(batch), batch)
 
     def embed(self, batch: PackedBatch, inputs_embeds: torch.Tensor | None = None) -> torch.Tensor:
         """PackedBatch -> what the encoder starts from."""

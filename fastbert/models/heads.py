@@ -147,7 +147,7 @@ class TokenClassification(LabelledHead):
 
     def result(self, encoded: Encoded, labels: Tensor | None) -> TokenClassifierOutput:
         logits = self.logits(encoded)
-        loss = None if labels is None else cross_entropy(logits, encoded.padding.pack(labels))
+        loss = None if labels is None else cross_entropy(logits, encoded.pack(labels))
         return TokenClassifierOutput(loss, encoded.unpack(logits), encoded.hidden_states, encoded.attentions)
 
 
@@ -191,7 +191,7 @@ class QuestionAnswering(HeadModel):
         )  # fmt: skip
         logits = self.logits(encoded)
         fill = torch.finfo(logits.dtype).min
-        start, end = encoded.padding.unpack(logits, fill=fill).unbind(-1)
+        start, end = encoded.unpack(logits, fill=fill).unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
             L = start.shape[1]
@@ -285,7 +285,7 @@ class MaskedLM(HeadModel):
             output_attentions, output_hidden_states,
         )  # fmt: skip
         with_logits = (labels is None or not self.training) if output_logits is None else output_logits
-        labels_T = None if labels is None else encoded.padding.pack(labels)
+        labels_T = None if labels is None else encoded.pack(labels)
         loss, logits = vocabulary_loss(self.logits, encoded.hidden_TD, labels_T, with_logits)
         output = MaskedLMOutput(
             loss, None if logits is None else encoded.unpack(logits), encoded.hidden_states, encoded.attentions

@@ -126,7 +126,7 @@ class MPNetModel(EncoderModel):
             ValueError: also for a mask with padding between the tokens of a row.
         """
         encoded = super().encode(input_ids, attention_mask, *args, **options)
-        if attention_mask is not None:
+        if attention_mask is not None and encoded.padding is not None:
             index, row = encoded.padding.indices, encoded.padding.indices // max(encoded.padding.shape[1], 1)
             if bool(((index.diff() > 1) & (row.diff() == 0)).any()):
                 raise ValueError(
