@@ -12,6 +12,7 @@ from itertools import pairwise
 import torch
 
 from fastbert.ops import plan_batches, plan_concat, plan_mask
+from fastbert.ops.dispatch import can_look
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Padding:
         if values.shape[0] != self.indices.shape[0]:
             raise ValueError(f"values have {values.shape[0]} rows but {self.indices.shape[0]} tokens were packed")
         B, L = self.shape
-        if self.indices.shape[0] == B * L:
+        if not torch.compiler.is_compiling() and self.indices.shape[0] == B * L:
             return values.view(B, L, *values.shape[1:])
         flat = values.new_full((B * L, *values.shape[1:]), fill)
         return flat.index_copy(0, self.indices, values).view(B, L, *values.shape[1:])
@@ -159,7 +160,7 @@ def keep_mask(attention_mask: torch.Tensor | None, shape: tuple[int, int], devic
         return _same_for_all_queries(_keep_4d(mask)[:, 0])
     if mask.is_complex():
         raise ValueError(f"attention_mask has dtype {mask.dtype}: pass bool, integer or float 1/0")
-    if mask.dtype != torch.bool and device.type == "cpu" and bool((mask < 0).any()):
+    if mask.dtype != torch.bool and can_look(mask) and bool((mask < 0).any()):
         raise ValueError(
             "attention_mask has negative values, so it looks additive (0 keep, -inf drop): "
             "pass 1 for tokens and 0 for padding"

@@ -260,7 +260,8 @@ class EncoderModel(PreTrainedModel):
         autograd, where nothing is recorded and no table replaced, an engine computes it if it can: `execution_plan`.
         """
         recorded = trace is not None and (trace.hidden_states is not None or trace.attentions is not None)
-        if not (self.training or recorded or inputs_embeds is not None or torch.is_grad_enabled()):
+        traced = torch.compiler.is_compiling()
+        if not (self.training or recorded or inputs_embeds is not None or torch.is_grad_enabled() or traced):
             hidden_TD = _engines().run(self, batch)
             if hidden_TD is not None:
                 return hidden_TD

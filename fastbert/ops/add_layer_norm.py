@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from fastbert.ops.dispatch import backend_for
-from fastbert.ops.dropout import check_dropout, dropout_ref
+from fastbert.ops.dropout import Seed, check_dropout, dropout_ref
 
 
 def add_layer_norm_ref(
@@ -18,7 +18,7 @@ def add_layer_norm_ref(
     bias: torch.Tensor,
     eps: float,
     dropout_p: float = 0.0,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> torch.Tensor:
     """The specification: sum, statistics and affine in fp32 (fp64 for fp64), one rounding at the end."""
     out_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
@@ -42,7 +42,7 @@ class AddLayerNormFunction(torch.autograd.Function):
         bias: torch.Tensor,
         eps: float,
         dropout_p: float,
-        seed: int,
+        seed: Seed,
     ) -> torch.Tensor:
         y, mean, rstd = backend.add_layer_norm_fwd(x, residual, weight, bias, eps, dropout_p, seed)
         ctx.backend, ctx.dropout_p, ctx.seed = backend, dropout_p, seed
@@ -65,7 +65,7 @@ def add_layer_norm(
     bias: torch.Tensor,
     eps: float = 1e-12,
     dropout_p: float = 0.0,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> torch.Tensor:
     """Dropout, residual addition and layer normalisation in one op (Ba et al. 2016, arXiv 1607.06450).
 

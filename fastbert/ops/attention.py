@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from fastbert.ops.dispatch import backend_for
-from fastbert.ops.dropout import check_dropout, dropout_keep
+from fastbert.ops.dispatch import backend_for, can_look
+from fastbert.ops.dropout import Seed, check_dropout, dropout_keep
 
 
 def _runs(cu_seqlens: torch.Tensor) -> Iterator[tuple[int, int, int]]:
@@ -57,7 +57,7 @@ def attention_ref(
     max_seqlen: int,
     scale: float | None = None,
     dropout_p: float = 0.0,
-    seed: int = 0,
+    seed: Seed = 0,
     rel_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The specification: one dense softmax per sequence, in fp32 for half-precision inputs."""
@@ -86,7 +86,7 @@ class AttentionFunction(torch.autograd.Function):
         max_seqlen: int,
         scale: float,
         dropout_p: float,
-        seed: int,
+        seed: Seed,
     ) -> torch.Tensor:
         out, lse = backend.attention_fwd(qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed)
         ctx.backend, ctx.max_seqlen, ctx.scale, ctx.dropout_p, ctx.seed = backend, max_seqlen, scale, dropout_p, seed
@@ -115,7 +115,7 @@ class AttentionRelBiasFunction(torch.autograd.Function):
         max_seqlen: int,
         scale: float,
         dropout_p: float,
-        seed: int,
+        seed: Seed,
     ) -> torch.Tensor:
         out, lse = backend.attention_rel_bias_fwd(qkv, rel_bias, cu_seqlens, max_seqlen, scale, dropout_p, seed)
         ctx.backend, ctx.max_seqlen, ctx.scale, ctx.dropout_p, ctx.seed = backend, max_seqlen, scale, dropout_p, seed
@@ -137,7 +137,7 @@ def attention(
     max_seqlen: int,
     scale: float | None = None,
     dropout_p: float = 0.0,
-    seed: int = 0,
+    seed: Seed = 0,
     rel_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Bidirectional multi-head attention over packed sequences (Vaswani et al. 2017, arXiv 1706.03762, eq. 1).
@@ -163,7 +163,7 @@ def attention(
         raise ValueError(f"qkv must have shape (T, 3, H, K), got {tuple(qkv.shape)}")
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or cu_seqlens.numel() == 0:
         raise ValueError(f"cu_seqlens must be int32 of shape (S + 1), got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
-    if cu_seqlens.device.type == "cpu" and int(cu_seqlens[-1]) != qkv.shape[0]:
+    if can_look(cu_seqlens) and int(cu_seqlens[-1]) != qkv.shape[0]:
         raise ValueError(f"cu_seqlens ends at {int(cu_seqlens[-1])} but qkv has {qkv.shape[0]} tokens")
     if rel_bias is not None and (rel_bias.ndim != 2 or rel_bias.shape[0] != qkv.shape[2] or rel_bias.shape[1] % 2 == 0):
         raise ValueError(

@@ -82,8 +82,25 @@ def _choose(op: str, device_type: str, dtype: torch.dtype, forced: str | None) -
 
 
 def backend_for(op: str, x: torch.Tensor) -> ModuleType | None:
-    """The backend module that computes `op` on a tensor like `x`, or None for the reference in plain PyTorch."""
+    """The backend module that computes `op` on a tensor like `x`, or None for the reference in plain PyTorch.
+
+    While torch.compile traces a call, `registered` stands for whichever module has the kernel.
+    """
+    if torch.compiler.is_compiling():
+        from fastbert.ops import registered
+
+        return registered if _has_kernel(op, x.device.type, x.dtype) else None
     return _choose(op, x.device.type, x.dtype, forced_backend())
+
+
+@torch.compiler.assume_constant_result
+def _has_kernel(op: str, device_type: str, dtype: torch.dtype) -> bool:
+    return _choose(op, device_type, dtype, forced_backend()) is not None
+
+
+def can_look(x: torch.Tensor) -> bool:
+    """Whether a check may read values: not on a GPU, which it would wait for, nor while torch.compile traces."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def has(backend: str, op: str, device_type: str, dtype: torch.dtype) -> bool:

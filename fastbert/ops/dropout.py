@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 _MASK32 = 0xFFFFFFFF
+Seed = int | torch.Tensor  # an int; while torch.compile traces a call, a 0-d int64 tensor on the CPU
 
 
 def hash32(x: torch.Tensor) -> torch.Tensor:
@@ -21,7 +22,7 @@ def hash32(x: torch.Tensor) -> torch.Tensor:
     return x ^ (x >> 16)
 
 
-def dropout_keep(seed: int, rows: torch.Tensor, cols: torch.Tensor, p: float) -> torch.Tensor:
+def dropout_keep(seed: Seed, rows: torch.Tensor, cols: torch.Tensor, p: float) -> torch.Tensor:
     """Boolean keep mask, shape of `rows` broadcast with `cols`.
 
     Args:
@@ -29,11 +30,11 @@ def dropout_keep(seed: int, rows: torch.Tensor, cols: torch.Tensor, p: float) ->
         rows, cols: int64 positions. Hidden states: (token, feature). Attention: (token * H + head, key in sequence).
         p: probability of dropping, in [0, 1).
     """
-    key = hash32(torch.tensor(seed, dtype=torch.int64, device=rows.device))
+    key = hash32(torch.as_tensor(seed, dtype=torch.int64, device=rows.device))
     return hash32(hash32(rows ^ key) + cols) >= int(p * 2**32)
 
 
-def dropout_ref(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
+def dropout_ref(x: torch.Tensor, p: float, seed: Seed) -> torch.Tensor:
     """`x` (T, D) with entries dropped with probability `p` and the others scaled by 1 / (1 - p)."""
     if p == 0.0:
         return x
@@ -44,8 +45,10 @@ def dropout_ref(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
     )
 
 
-def draw_seed(p: float) -> int:
+def draw_seed(p: float) -> Seed:
     """A fresh seed from torch's CPU generator (reproducible under `torch.manual_seed`, no device sync); 0 if p is 0."""
+    if torch.compiler.is_compiling():
+        return torch.randint(0, 2**32 if p > 0.0 else 1, (), dtype=torch.int64)
     return int(torch.randint(0, 2**32, (), dtype=torch.int64)) if p > 0.0 else 0
 
 

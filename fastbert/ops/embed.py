@@ -7,8 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fastbert.ops.dispatch import backend_for
-from fastbert.ops.dropout import check_dropout, dropout_ref
+from fastbert.ops.dispatch import backend_for, can_look
+from fastbert.ops.dropout import Seed, check_dropout, dropout_ref
 
 
 def embed_ref(
@@ -23,7 +23,7 @@ def embed_ref(
     eps: float,
     padding_idx: int | None = None,
     dropout_p: float = 0.0,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> torch.Tensor:
     """The specification: `(word + type) + position`, statistics in fp32 (fp64 for fp64), dropout last."""
     wide = torch.promote_types(word.dtype, torch.float32)
@@ -53,7 +53,7 @@ class EmbedFunction(torch.autograd.Function):
         eps: float,
         padding_idx: int | None,
         dropout_p: float,
-        seed: int,
+        seed: Seed,
     ) -> torch.Tensor:
         y, mean, rstd = backend.embed_fwd(
             input_ids, position_ids, type_ids, word, position, token_type, weight, bias, eps, dropout_p, seed
@@ -72,7 +72,7 @@ class EmbedFunction(torch.autograd.Function):
 
 def _check_ids(name: str, ids: torch.Tensor, table: torch.Tensor) -> None:
     """Raise on ids outside the table. Only on the CPU: on a GPU the check would cost a synchronisation."""
-    if ids.device.type != "cpu" or ids.numel() == 0:
+    if not can_look(ids) or ids.numel() == 0:
         return
     low, high = (int(v) for v in torch.aminmax(ids))
     if low < 0 or high >= table.shape[0]:
@@ -94,7 +94,7 @@ def embed(
     eps: float = 1e-12,
     padding_idx: int | None = None,
     dropout_p: float = 0.0,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> torch.Tensor:
     """Sum of three embedding rows, layer-normalised, with dropout (Devlin et al. 2018, arXiv 1810.04805, fig. 2).
 

@@ -33,6 +33,10 @@ def plan_mask(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
     """
     if mask.dtype != torch.bool or mask.ndim != 2:
         raise ValueError(f"mask must be bool of shape (B, L), got {mask.dtype} {tuple(mask.shape)}")
+    if torch.compiler.is_compiling():
+        from fastbert.ops.registered import plan_mask_node
+
+        return plan_mask_node(mask)
     backend = backend_for("plan_mask", mask)
     return plan_mask_ref(mask) if backend is None else backend.plan_mask_fwd(mask.contiguous())
 

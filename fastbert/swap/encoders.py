@@ -43,7 +43,7 @@ class PackedEncoder(nn.Module):
 
     config: Any
 
-    @torch.compiler.disable(reason="fastbert's kernels are opaque to dynamo: the encoder is one graph break")
+    @torch.compiler.disable(reason="what is packed depends on the mask's values: the encoder is one graph break")
     def forward(self, hidden_states: torch.Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:
         """(B, L, D) -> Hugging Face's output with (B, L, D), zeros at padding."""
         reason, observed = _survey(self)
