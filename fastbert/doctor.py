@@ -1,0 +1,230 @@
+"""What this machine is, what each op and engine would run on, and what is wrong: the facts behind `fastbert doctor`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from fastbert import machine, native
+from fastbert.models import BertConfig, BertModel
+from fastbert.ops import OPS, dispatch
+from fastbert.packing import pack
+
+_COMPILERS = (name for name in dispatch.BACKENDS if name != "native")  # backends that are packages of their own
+PACKAGES = ("fastbert-engine", "torch", *_COMPILERS, "numpy", "tokenizers", "safetensors", "transformers")
+_ENVIRONMENT = ("FASTBERT_BACKEND", "FASTBERT_ISA", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "HF_HUB_OFFLINE")
+# MiniLM-L6: the encoder that most embedding services run.
+_PROBE = BertConfig(num_hidden_layers=6, hidden_size=384, num_attention_heads=12, intermediate_size=1536)
+_LENGTHS = (16, 24, 32, 48, 64, 96, 128)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something to change: `broken` means that the installation does not work as meant, else it is advice."""
+
+    broken: bool
+    what: str
+    cure: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that `examine` found, as plain values: `dataclasses.asdict` makes it JSON.
+
+    Attributes:
+        machine: processor, features, cores, memory, GPUs.
+        versions: installed packages; None where one is not.
+        environment: variables that change what runs.
+        native: the C++ extension: instruction sets, or why it does not load.
+        ops: op -> device -> dtype -> backend that computes it unasked.
+        engines: dtype -> what a forward pass would run on.
+        measured: roofs and speeds, empty without measuring.
+        findings: what to change.
+    """
+
+    machine: dict[str, Any]
+    versions: dict[str, str | None]
+    environment: dict[str, str]
+    native: dict[str, Any]
+    ops: dict[str, dict[str, dict[str, str]]]
+    engines: dict[str, str]
+    measured: dict[str, dict[str, float]]
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def broken(self) -> bool:
+        """Whether anything does not work as meant."""
+        return any(finding.broken for finding in self.findings)
+
+
+def examine(measure: bool = True, say: Callable[[str], object] = lambda step: None) -> Report:
+    """Look at the machine and the installation.
+
+    Args:
+        measure: also measure roofs and a MiniLM-shaped encoder: some seconds.
+        say: told what is being done.
+    """
+    say("reading the machine")
+    cpu = machine.cpu()
+    extension = _extension()
+    report = Report(
+        machine={
+            "cpu": cpu.model,
+            "features": list(cpu.features),
+            "cores": cpu.online,
+            "affinity": cpu.affinity,
+            "quota": cpu.quota,
+            "usable": cpu.usable,
+            "threads": torch.get_num_threads(),
+            "memory_gib": round((machine.memory_bytes() or 0) / 2**30, 1) or None,
+            "gpus": _gpus(),
+            "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        },
+        versions={name: _version(name) for name in PACKAGES},
+        environment={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
+        native=extension,
+        ops={op: _backends(op) for op in OPS if not op.startswith("plan_")},
+        engines=_engines(),
+        measured=_measure(say) if measure else {},
+    )
+    report.findings.extend(_findings(report, cpu))
+    return report
+
+
+def _gpus() -> list[str]:
+    if torch.cuda.is_available():
+        return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return machine.nvidia_gpus()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _extension() -> dict[str, Any]:
+    try:
+        extension = native.require()
+    except (ImportError, ValueError) as error:
+        return {"loads": False, "why": str(error)}
+    return {
+        "loads": True,
+        "isa": extension.isa(),
+        "supported": list(extension.supported_isas()),
+        "openmp": machine.openmp_runtimes(),
+    }
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _backends(op: str) -> dict[str, dict[str, str]]:
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    return {device: {_short(d): dispatch.chosen(op, device, d) for d in dtypes} for device in devices}
+
+
+def _tiny() -> BertModel:
+    config = BertConfig(
+        vocab_size=32, hidden_size=32, num_attention_heads=2, num_hidden_layers=1, intermediate_size=64,
+        max_position_embeddings=32,
+    )  # fmt: skip
+    return BertModel(config, add_pooling_layer=False).eval()
+
+
+def _engines() -> dict[str, str]:
+    with torch.no_grad():
+        plans = {_short(d): _tiny().to(d).execution_plan() for d in (torch.float32, torch.bfloat16)}
+    # What follows the threads is of this tiny model alone.
+    return {d: plan if plan.startswith("ops") else ", ".join(plan.split(", ")[:3]) for d, plan in plans.items()}
+
+
+def _median_seconds(function: Callable[[], object], budget_s: float = 0.6) -> float:
+    function()
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < budget_s:
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+@torch.no_grad()
+def _measure(say: Callable[[str], object]) -> dict[str, dict[str, float]]:
+    """Roofs in GB/s and GFLOP/s, and tokens/s of a MiniLM-shaped encoder, by dtype."""
+    say("measuring memory")
+    source = torch.randn(16 << 20)
+    target = torch.empty_like(source)
+    copy = _median_seconds(lambda: target.copy_(source))
+    measured: dict[str, dict[str, float]] = {"copy": {"gb_s": 2 * source.nbytes / copy / 1e9}}
+    model = BertModel(_PROBE, add_pooling_layer=False).eval()
+    generator = torch.Generator().manual_seed(0)
+    lengths = _LENGTHS * 4
+    batch = pack([torch.randint(1000, 30000, (n,), generator=generator).tolist() for n in lengths])
+    layers, D, F = _PROBE.num_hidden_layers, _PROBE.hidden_size, _PROBE.intermediate_size
+    flop = layers * sum(2 * n * (4 * D * D + 2 * D * F) + 4 * n * n * D for n in lengths)
+    for dtype in (torch.float32, torch.bfloat16):
+        say(f"measuring {_short(dtype)}")
+        a = torch.randn(1024, 1024).to(dtype)
+        gemm = _median_seconds(partial(torch.mm, a, a), 0.4)
+        model.to(dtype)
+        seconds = _median_seconds(lambda: model.forward_packed(batch))
+        measured[_short(dtype)] = {
+            "gemm_gflop_s": 2 * 1024**3 / gemm / 1e9,
+            "encoder_gflop_s": flop / seconds / 1e9,
+            "tokens_s": sum(lengths) / seconds,
+        }
+    return measured
+
+
+def _findings(report: Report, cpu: machine.Cpu) -> list[Finding]:
+    found = []
+    if not report.native["loads"]:
+        wanted = native.available() or "FASTBERT_ISA" in os.environ
+        what = f"the native extension {'does not load' if wanted else 'was not built'}: {report.native['why']}"
+        found.append(Finding(True, what, "install a C++17 compiler and run `pip install --force-reinstall .`"))
+    runtimes = report.native.get("openmp", [])
+    if len(runtimes) > 1:
+        found.append(
+            Finding(
+                True,
+                f"{len(runtimes)} OpenMP runtimes are loaded and fight over the cores: {', '.join(runtimes)}",
+                "import torch before other packages that bring OpenMP, or remove the one that you do not need",
+            )
+        )
+    if report.machine["gpus"] and not torch.cuda.is_available():
+        built = "for the CPU alone" if torch.version.cuda is None else f"for CUDA {torch.version.cuda}"
+        cure = "install a CUDA build of torch that the driver supports"
+        found.append(
+            Finding(
+                True, f"there is a GPU ({report.machine['gpus'][0]}), but torch {torch.__version__} is {built}", cure
+            )
+        )
+    threads = torch.get_num_threads()
+    if threads > cpu.usable:
+        what = f"torch runs {threads} threads, but this process may use {cpu.usable} cores"
+        found.append(Finding(False, what, f"set OMP_NUM_THREADS={cpu.usable}, or --threads {cpu.usable}"))
+    if threads < cpu.usable:
+        what = f"torch runs {threads} threads of {cpu.usable} cores that this process may use"
+        found.append(Finding(False, what, "raise OMP_NUM_THREADS if nothing else needs them"))
+    for name in ("FASTBERT_BACKEND", "FASTBERT_ISA"):
+        if name in report.environment:
+            what = f"{name}={report.environment[name]} overrides what fastbert would choose"
+            found.append(Finding(False, what, f"unset {name} outside of tests"))
+    fp32, bf16 = report.measured.get("float32"), report.measured.get("bfloat16")
+    if fp32 and bf16 and bf16["tokens_s"] > 1.15 * fp32["tokens_s"]:
+        ratio = bf16["tokens_s"] / fp32["tokens_s"]
+        found.append(Finding(False, f"bfloat16 is {ratio:.1f}x as fast as float32 here", "try --dtype bfloat16"))
+    return found

@@ -1,0 +1,131 @@
+"""fastbert doctor: the machine is read right, a broken installation is found, and the exit code says so."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from fastbert import doctor, machine, native
+from fastbert.cli import app
+
+
+def write(folder, **files):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("quotas", "expected"),
+    [
+        ({"": "max 100000", "a": "150000 100000", "a/b": "max 100000"}, 1.5),
+        ({"": "max 100000", "a": "400000 100000", "a/b": "50000 100000"}, 0.5),
+        ({"": "max 100000"}, None),
+        ({}, None),
+    ],
+)
+def test_quota_of_control_groups(tmp_path, quotas, expected):
+    """Version 2: the tightest level on the way to the process's group counts."""
+    for path, text in quotas.items():
+        write(tmp_path / "cgroup" / path, cpu__max=text + "\n")
+    (tmp_path / "self").write_text("0::/a/b\n")
+    assert machine.cpu_quota(tmp_path / "cgroup", tmp_path / "self") == expected
+
+
+def test_quota_of_version_1(tmp_path):
+    group = tmp_path / "cgroup" / "cpu,cpuacct" / "docker" / "x"
+    write(group, cpu__cfs_quota_us="250000\n", cpu__cfs_period_us="100000\n")
+    write(group.parent, cpu__cfs_quota_us="-1\n", cpu__cfs_period_us="100000\n")
+    (tmp_path / "self").write_text("4:memory:/docker/x\n3:cpu,cpuacct:/docker/x\n0::/\n")
+    assert machine.cpu_quota(tmp_path / "cgroup", tmp_path / "self") == 2.5
+
+
+@pytest.mark.parametrize(
+    ("affinity", "quota", "usable"), [(8, None, 8), (3, None, 3), (8, 1.5, 2), (8, 0.2, 1), (2, 6.0, 2)]
+)
+def test_usable_cores(affinity, quota, usable):
+    assert machine.Cpu("x", (), 8, affinity, quota).usable == usable
+
+
+def test_openmp_runtimes(tmp_path):
+    lines = [
+        "7f00-7f01 r-xp 00000000 fe:00 11 /opt/torch/lib/libgomp.so.1",
+        "7f01-7f02 r--p 00000000 fe:00 11 /opt/torch/lib/libgomp.so.1",
+        "7f02-7f03 r-xp 00000000 fe:00 12 /opt/other lib/libiomp5.so",
+        "7f03-7f04 r-xp 00000000 fe:00 13 /usr/lib/libompl.so",
+        "7f04-7f05 rw-p 00000000 00:00 0 ",
+    ]
+    (tmp_path / "maps").write_text("\n".join(lines))
+    assert machine.openmp_runtimes(tmp_path / "maps") == ["/opt/other lib/libiomp5.so", "/opt/torch/lib/libgomp.so.1"]
+
+
+def test_gpus_that_the_driver_sees(tmp_path):
+    write(tmp_path / "0000:01:00.0", information="Model: \t\t NVIDIA H100\nIRQ: 1\n")
+    assert machine.nvidia_gpus(tmp_path) == ["NVIDIA H100"]
+    assert machine.nvidia_gpus(tmp_path / "none") == []
+
+
+def findings(report):
+    return {(f.broken, f.what.split(":")[0].split(" (")[0]) for f in report.findings}
+
+
+def test_a_sound_installation(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: machine.cpu().usable)
+    report = doctor.examine(measure=False)
+    assert not report.broken
+    assert report.versions["torch"] == torch.__version__
+    assert set(report.ops["attention"]["cpu"]) == {"float32", "bfloat16", "float16"}
+    if native.available():
+        assert report.engines["float32"].startswith("cpu engine: float32"), report.engines
+        assert report.ops["attention"]["cpu"]["float32"] == "native"
+
+
+def test_what_is_broken_is_found(monkeypatch):
+    def no_extension():
+        raise ImportError("made up")
+
+    monkeypatch.setattr(native, "require", no_extension)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(machine, "nvidia_gpus", lambda: ["NVIDIA H100"])
+    monkeypatch.setattr(doctor, "_engines", dict)
+    report = doctor.examine(measure=False)
+    assert report.broken
+    broken = {what for is_broken, what in findings(report) if is_broken}
+    assert any("extension does not load" in what for what in broken)
+    assert any(what.startswith("there is a GPU") for what in broken)
+
+
+def test_two_openmp_runtimes_and_too_many_threads(monkeypatch):
+    monkeypatch.setattr(machine, "openmp_runtimes", lambda: ["/a/libgomp.so.1", "/b/libiomp5.so"])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: machine.cpu().usable + 3)
+    monkeypatch.setenv("FASTBERT_BACKEND", "reference")
+    report = doctor.examine(measure=False)
+    whats = [f.what for f in report.findings]
+    assert report.broken == native.available()
+    assert any("torch runs" in what and "may use" in what for what in whats)
+    assert any(what.startswith("FASTBERT_BACKEND=reference overrides") for what in whats)
+
+
+def test_measured_numbers_are_of_one_run():
+    report = doctor.examine()
+    for dtype in ("float32", "bfloat16"):
+        row = report.measured[dtype]
+        flop_a_token = row["encoder_gflop_s"] * 1e9 / row["tokens_s"]
+        assert 2 * 6 * 12 * 384**2 < flop_a_token < 1.2 * 2 * 6 * 12 * 384**2
+    assert report.measured["copy"]["gb_s"] > 0
+
+
+def test_command(monkeypatch):
+    run = CliRunner().invoke(app, ["doctor", "--no-measure", "--json"])
+    assert run.exit_code == 0, run.output
+    document = json.loads(run.stdout)
+    assert document["machine"]["usable"] >= 1
+    monkeypatch.setattr(machine, "openmp_runtimes", lambda: ["/a/libgomp.so.1", "/b/libiomp5.so"])
+    run = CliRunner().invoke(app, ["doctor", "--no-measure"])
+    if native.available():
+        assert run.exit_code == 1
+        assert "broken: 2 OpenMP runtimes" in run.output
