@@ -25,9 +25,10 @@ from fastbert.sentence_folder import SIMILARITIES, Dense, SentenceFolder, read_f
 from fastbert.tokenizer import Text, Tokenizer
 from fastbert.vectors import Vectors, quantize_vectors, similarity, similarity_pairwise
 from fastbert.weights import read_json
+from fastbert.windows import encode_windows
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
-WINDOW = 16384  # texts that are tokenised and sorted together: bounds the memory of a long list
+COPY = 16384  # vectors that wait on the device: one copy for all of them, a GPU is not waited for at each batch
 # Tokens a batch. MiniLM fp32 on one Zen 5 thread, real sentences: 4.2 k tokens/s at 2048, 4.0 at 512, 3.8 at 8192.
 TOKENS_PER_THREAD, TOKENS_PER_GPU = 2048, 65536
 
@@ -85,6 +86,7 @@ class Embedder:
         if self.default_prompt_name is not None:
             self._prompt(None, self.default_prompt_name)
         self.truncate_dim = folder.truncate_dim
+        self._dimension(self.truncate_dim)  # says where modules do not fit one another
         self.similarity_fn_name = folder.similarity_fn_name
         self._folder = folder
 
@@ -118,7 +120,7 @@ class Embedder:
             ValueError: a corrupt file, an unsupported architecture or module, or an option that does not fit.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        dtype = _dtype(dtype, device)
+        dtype = resolve_dtype(dtype, device)
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         root = resolve(name, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only)
@@ -127,7 +129,7 @@ class Embedder:
         options: dict[str, Any] = {"add_pooling_layer": False} if "pooler" in family.head_roots else {}
         weights_dtype = "float32" if dtype == "int8" else dtype
         model = family.from_pretrained(folder.transformer, dtype=weights_dtype, device=device, **options)
-        limit = _position_limit(model)
+        limit = position_limit(model)
         declared = None if folder.max_seq_length is None else min(folder.max_seq_length, limit)
         length = declared if max_seq_length is None else max_seq_length
         tokenizer = Tokenizer.from_folder(folder.transformer, limit, length, folder.do_lower_case)
@@ -138,7 +140,7 @@ class Embedder:
     @property
     def device(self) -> torch.device:
         """Where the encoder runs."""
-        return self.model.device
+        return self.model.get_input_embeddings().weight.device  # `model.device` walks over all modules
 
     @property
     def max_seq_length(self) -> int:
@@ -147,7 +149,7 @@ class Embedder:
 
     @max_seq_length.setter
     def max_seq_length(self, value: int) -> None:
-        limit = _position_limit(self.model)
+        limit = position_limit(self.model)
         if value > limit:
             raise ValueError(f"max_seq_length is {value} but the model has positions for {limit} tokens")
         self.tokenizer = self.tokenizer.with_max_length(value)
@@ -172,6 +174,9 @@ class Embedder:
     def _dimension(self, truncate_dim: int | None) -> int:
         width = len(self.pooling.modes) * self.model.config.hidden_size
         for module in self.modules:
+            takes = module.linear.in_features if isinstance(module, Dense) else getattr(module, "num_features", width)
+            if takes != width:
+                raise ValueError(f"{type(module).__name__} takes {takes} features but gets {width}: see modules.json")
             width = module.linear.out_features if isinstance(module, Dense) else width
         if truncate_dim is not None and truncate_dim < 1:
             raise ValueError(f"truncate_dim must be at least 1, got {truncate_dim}")
@@ -189,19 +194,20 @@ class Embedder:
     def _steps(
         self, texts: Sequence[Text], prompt: str, batch_size: int | None, token_budget: int | None
     ) -> Iterator[_Step]:
-        """Compute one window of texts, batch by batch, the longest texts first."""
+        """Compute texts batch by batch, part of the list by part, in each the longest texts first."""
         tokenizer, device = self.tokenizer, self.device
-        encoded = tokenizer.encode([_prepend(prompt, text) for text in texts] if prompt else texts)
         prompt_length = tokenizer.prompt_length(prompt) if prompt and not self.pooling.include_prompt else 0
         if token_budget is None:
             token_budget = TOKENS_PER_THREAD * torch.get_num_threads() if device.type == "cpu" else TOKENS_PER_GPU
-        for rows in token_batches([len(ids) for ids in encoded.ids], token_budget, batch_size):
-            types = None if encoded.type_ids is None else [encoded.type_ids[i] for i in rows]
-            batch = pack([encoded.ids[i] for i in rows], types, self.model.position_offset)
-            batch = batch if device.type == "cpu" else batch.to(device, non_blocking=True)
-            hidden_TD = self.model.forward_packed(batch)
-            vectors_SD = self.modules(self.pooling(hidden_TD, batch.cu_seqlens, prompt_length).float())
-            yield _Step(rows, batch, hidden_TD, vectors_SD, sum(encoded.truncated[i] for i in rows))
+        for first, encoded in encode_windows(tokenizer, texts, prompt, token_budget):
+            for rows in token_batches([len(ids) for ids in encoded.ids], token_budget, batch_size):
+                types = None if encoded.type_ids is None else [encoded.type_ids[i] for i in rows]
+                batch = pack([encoded.ids[i] for i in rows], types, self.model.position_offset)
+                batch = batch if device.type == "cpu" else batch.to(device, non_blocking=True)
+                hidden_TD = self.model.forward_packed(batch)
+                vectors_SD = self.modules(self.pooling(hidden_TD, batch.cu_seqlens, prompt_length).float())
+                num_truncated = sum(encoded.truncated[i] for i in rows)
+                yield _Step([first + i for i in rows], batch, hidden_TD, vectors_SD, num_truncated)
 
     def encode_with_stats(
         self,
@@ -224,16 +230,20 @@ class Embedder:
         vectors = torch.empty(len(texts), self._dimension(truncate_dim))
         prompt = self._prompt(prompt, prompt_name)
         num_tokens = num_truncated = 0
+        rows: list[int] = []
+        parts: list[torch.Tensor] = []
         with progress(len(texts), show_progress_bar) as advance:
-            for start in range(0, len(texts), WINDOW):
-                window, parts, order = vectors[start : start + WINDOW], [], []
-                for step in self._steps(texts[start : start + WINDOW], prompt, batch_size, token_budget):
-                    order += step.rows
-                    parts.append(step.vectors_SD[:, :truncate_dim])
-                    num_tokens += step.batch.num_tokens
-                    num_truncated += step.num_truncated
-                    advance(len(step.rows), step.batch.num_tokens)
-                window[order] = torch.cat(parts).cpu()  # one copy a window: a GPU is not waited for at each batch
+            for step in self._steps(texts, prompt, batch_size, token_budget):
+                if len(rows) >= COPY:
+                    vectors[rows] = torch.cat(parts).cpu()
+                    rows, parts = [], []
+                rows += step.rows
+                parts.append(step.vectors_SD[:, :truncate_dim])
+                num_tokens += step.batch.num_tokens
+                num_truncated += step.num_truncated
+                advance(len(step.rows), step.batch.num_tokens)
+            if parts:
+                vectors[rows] = torch.cat(parts).cpu()
         return Embeddings(F.normalize(vectors) if normalize_embeddings else vectors, num_tokens, num_truncated)
 
     def encode(
@@ -323,18 +333,17 @@ class Embedder:
         truncate_dim = self.truncate_dim if truncate_dim is None else truncate_dim
         outputs: list[dict[str, torch.Tensor]] = [{} for _ in texts]
         num_truncated = 0
-        for start in range(0, len(texts), WINDOW):
-            for step in self._steps(texts[start : start + WINDOW], prompt, batch_size, token_budget):
-                num_truncated += step.num_truncated
-                ids, states = step.batch.split(step.batch.input_ids), step.batch.split(step.hidden_TD.float())
-                for row, *values in zip(step.rows, ids, states, step.vectors_SD[:, :truncate_dim], strict=True):
-                    names = ("input_ids", "token_embeddings", "sentence_embedding")
-                    outputs[start + row] = {n: v.cpu().clone() for n, v in zip(names, values, strict=True)}
+        for step in self._steps(texts, prompt, batch_size, token_budget):
+            num_truncated += step.num_truncated
+            ids, states = step.batch.split(step.batch.input_ids), step.batch.split(step.hidden_TD.float())
+            for row, *values in zip(step.rows, ids, states, step.vectors_SD[:, :truncate_dim], strict=True):
+                names = ("input_ids", "token_embeddings", "sentence_embedding")
+                outputs[row] = {n: v.cpu().clone() for n, v in zip(names, values, strict=True)}
         return outputs, num_truncated
 
     def _warn_truncated(self, num_truncated: int, num_texts: int) -> None:
         if num_truncated:
-            limit = _position_limit(self.model)
+            limit = position_limit(self.model)
             more = f"; embedder.max_seq_length can be set up to {limit}" if self.max_seq_length < limit else ""
             warnings.warn(
                 f"{num_truncated} of {num_texts} texts are longer than max_seq_length={self.max_seq_length} tokens "
@@ -385,21 +394,12 @@ class Embedder:
         write_folder(root, content, self.model.config.hidden_size)
 
 
-def _prepend(prompt: str, text: Text) -> Text:
-    """A prompt goes before the first text of a pair; what is no text is left for the tokenizer to name."""
-    if isinstance(text, str):
-        return prompt + text
-    if isinstance(text, (tuple, list)) and text and isinstance(text[0], str):
-        return (prompt + text[0], *text[1:])
-    return text
-
-
-def _position_limit(model: EncoderModel) -> int:
+def position_limit(model: EncoderModel) -> int:
     """Tokens that the model has positions for."""
     return model.config.max_position_embeddings - model.position_offset
 
 
-def _dtype(name: str, device: torch.device) -> str:
+def resolve_dtype(name: str, device: torch.device) -> str:
     if name not in DTYPES:
         raise ValueError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")
     cuda = device.type == "cuda"

@@ -13,6 +13,7 @@ import torch
 
 from fastbert.ops import pool
 from fastbert.ops.pool import MODES
+from fastbert.typed import field
 from fastbert.weights import nearest
 
 # The old spelling, one flag a mode; several modes are concatenated in this order.
@@ -50,11 +51,13 @@ class Pooling:
         """From `1_Pooling/config.json`: `pooling_mode` (a name or a list), or the old flags; with neither, mean.
 
         Raises:
-            ValueError: an unknown mode.
+            ValueError: an unknown mode, or a value of the wrong type.
         """
-        modes = config.get("pooling_mode", tuple(mode for flag, mode in FLAGS.items() if config.get(flag)))
+        source = "the pooling configuration"
+        flags = tuple(mode for flag, mode in FLAGS.items() if field(config, flag, bool, False, source))
+        modes = field(config, "pooling_mode", str | list[str], flags, source)
         modes = (modes,) if isinstance(modes, str) else tuple(modes) or ("mean",)
-        return cls(modes, bool(config.get("include_prompt", True)))
+        return cls(modes, field(config, "include_prompt", bool, True, source))
 
     def to_config(self, hidden_size: int) -> dict[str, Any]:
         """The content of `1_Pooling/config.json`, in both spellings where one mode lets them agree."""

@@ -5,10 +5,11 @@ It knows the file formats and the modules after pooling; it loads neither the en
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastbert.pooling import Pooling
+from fastbert.typed import field, is_a
 from fastbert.weights import load_weights, read_json, save_weights
 
 CONFIG_NAME = "config_sentence_transformers.json"
@@ -26,10 +28,19 @@ TRANSFORMER_CONFIG_NAMES = tuple(
 )
 SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
 
+_MOST_FEATURES = 1 << 20
+
 _ACTIVATIONS = {
     f"{cls.__module__}.{cls.__name__}": cls
     for cls in (nn.Identity, nn.Tanh, nn.ReLU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.LeakyReLU, nn.ELU, nn.Softplus, nn.Mish)
 }
+
+
+def _size(config: Mapping[str, Any], name: str, source: str) -> int:
+    size = field(config, name, int, None, source)
+    if size is None or not 0 < size <= _MOST_FEATURES:
+        raise ValueError(f"{source}: {name} is {size}; it must be a number of features from 1 to {_MOST_FEATURES}")
+    return size
 
 
 class Dense(nn.Module):
@@ -38,13 +49,14 @@ class Dense(nn.Module):
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         self.config = dict(config)
-        name = config.get("activation_function", "torch.nn.modules.activation.Tanh")
+        source = "the configuration of Dense"
+        name = field(config, "activation_function", str, "torch.nn.modules.activation.Tanh", source)
         if name not in _ACTIVATIONS:
             raise ValueError(f"Dense has activation_function {name!r}; known: {', '.join(_ACTIVATIONS)}")
-        inputs, outputs = config["in_features"], config["out_features"]
-        self.linear = nn.Linear(inputs, outputs, bias=config.get("bias", True))
+        inputs, outputs = _size(config, "in_features", source), _size(config, "out_features", source)
+        self.linear = nn.Linear(inputs, outputs, bias=field(config, "bias", bool, True, source))
         self.act = _ACTIVATIONS[name]()
-        self.use_residual = config.get("use_residual", False)
+        self.use_residual = field(config, "use_residual", bool, False, source)
         self.residual = nn.Linear(inputs, outputs, bias=False) if self.use_residual and inputs != outputs else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -59,7 +71,8 @@ class LayerNorm(nn.Module):
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         self.config = dict(config)
-        self.norm = nn.LayerNorm(config["dimension"])
+        self.num_features = _size(config, "dimension", "the configuration of LayerNorm")
+        self.norm = nn.LayerNorm(self.num_features)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(S, D) -> (S, D)."""
@@ -82,7 +95,7 @@ class Dropout(nn.Dropout):
     """Does nothing at inference; kept so that saving loses no module."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        super().__init__(config.get("dropout", 0.2))
+        super().__init__(field(config, "dropout", float, 0.2, "the configuration of Dropout"))
         self.config = dict(config)
 
 
@@ -105,11 +118,11 @@ class SentenceFolder:
     """
 
     transformer: Path
-    pooling: Pooling = field(default_factory=Pooling)
-    modules: nn.Sequential = field(default_factory=nn.Sequential)
+    pooling: Pooling = dataclasses.field(default_factory=Pooling)
+    modules: nn.Sequential = dataclasses.field(default_factory=nn.Sequential)
     max_seq_length: int | None = None
     do_lower_case: bool = False
-    prompts: Mapping[str, str] = field(default_factory=dict)
+    prompts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     default_prompt_name: str | None = None
     similarity_fn_name: str = "cosine"
     truncate_dim: int | None = None
@@ -130,33 +143,41 @@ def read_folder(folder: Path) -> SentenceFolder:
         warnings.warn(f"{folder} has no modules.json: its token states are mean-pooled, not normalised", stacklevel=4)
     names = [transformer / name for name in TRANSFORMER_CONFIG_NAMES]
     sizes = next((read_json(name) for name in names if name.is_file()), {})
-    task = sizes.get("transformer_task", "feature-extraction")
+    task = field(sizes, "transformer_task", str, "feature-extraction", transformer)
     if task != "feature-extraction":
         raise ValueError(f"{transformer} is a model for {task}; only feature-extraction gives vectors of texts")
-    model = read_json(folder / CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else {}
-    similarity = model.get("similarity_fn_name") or "cosine"
+    path = folder / CONFIG_NAME
+    model = read_json(path) if path.is_file() else {}
+    similarity = field(model, "similarity_fn_name", str, "", path) or "cosine"
     if similarity not in SIMILARITIES:
-        raise ValueError(f"{folder / CONFIG_NAME}: similarity_fn_name {similarity!r} is not one of {SIMILARITIES}")
+        raise ValueError(f"{path}: similarity_fn_name {similarity!r} is not one of {SIMILARITIES}")
+    prompts = field(model, "prompts", Mapping[str, str | None], {}, path)
     return SentenceFolder(
         transformer,
         pooling,
         modules,
-        sizes.get("max_seq_length"),
-        bool(sizes.get("do_lower_case", False)),
-        {name: prompt or "" for name, prompt in (model.get("prompts") or {}).items()},
-        model.get("default_prompt_name"),
+        field(sizes, "max_seq_length", int, None, transformer),
+        field(sizes, "do_lower_case", bool, False, transformer),
+        {name: prompt or "" for name, prompt in prompts.items()},
+        field(model, "default_prompt_name", str, None, path),
         similarity,
-        model.get("truncate_dim"),
+        field(model, "truncate_dim", int, None, path),
     )
 
 
 def _read_modules(path: Path) -> tuple[Path, Pooling, nn.Sequential]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
-        kinds = [_kind(row["type"]) for row in rows]
-        folders = [path.parent / row["path"] for row in rows]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a list of modules with a type and a path each: {error!r}") from error
+        if not is_a(rows, list[Mapping[str, Any]]):
+            raise TypeError(f"it holds {rows!r:.80}")
+        kinds = [_kind(field(row, "type", str, "", path)) for row in rows]
+        folders = [path.parent / field(row, "path", str, "", path) for row in rows]
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        raise ValueError(f"{path} is not a list of modules with a type and a path each: {error}") from error
+    root = path.parent.resolve()
+    for where in folders:
+        if "\0" in str(where) or not where.resolve().is_relative_to(root):
+            raise ValueError(f"{path} names {str(where)!r}, which lies outside its folder")
     if kinds[:2] != ["Transformer", "Pooling"] or not set(kinds[2:]) <= set(MODULES):
         raise ValueError(
             f"{path} lists the modules {', '.join(kinds)}; computed here are Transformer, Pooling and then any of "

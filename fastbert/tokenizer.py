@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, Literal
 
 import tokenizers
 from tokenizers import normalizers, pre_tokenizers
 
 from fastbert.tokenizer_files import lowercase_first, read_tokenizer
+from fastbert.typed import field
 from fastbert.weights import read_json
 
 Text = str | tuple[str, str]
@@ -47,7 +50,7 @@ class Tokenizer:
 
     backend: tokenizers.Tokenizer
     max_length: int
-    config: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         special = self.backend.num_special_tokens_to_add(is_pair=True)
@@ -55,7 +58,8 @@ class Tokenizer:
             raise ValueError(f"max_seq_length is {self.max_length}, but a pair of texts has {special} special tokens")
         backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
         backend.no_padding()
-        backend.enable_truncation(self.max_length, direction=self.config.get("truncation_side", "right"))
+        side = field(self.config, "truncation_side", Literal["right", "left"], "right", "tokenizer_config.json")
+        backend.enable_truncation(self.max_length, direction=side)
         object.__setattr__(self, "backend", backend)
 
     @classmethod
@@ -76,11 +80,13 @@ class Tokenizer:
             raise ValueError(f"max_seq_length is {max_length} but the model has positions for {limit} tokens")
         path = folder / "tokenizer_config.json"
         config = read_json(path) if path.is_file() else {}
+        if not isinstance(config.get("model_max_length", 0), (int, float, NoneType)):
+            raise ValueError(f"{path}: model_max_length is {config['model_max_length']!r:.80}; it must be a number")
         backend = read_tokenizer(folder, config)
         if lowercase:
             lowercase_first(backend)
         if max_length is None:
-            max_length = min(int(config.get("model_max_length", limit)), limit)
+            max_length = int(min(config.get("model_max_length") or limit, limit))  # 1e30 means "no limit"
         return cls(backend, max_length, config)
 
     def with_max_length(self, max_length: int) -> Tokenizer:
@@ -92,13 +98,15 @@ class Tokenizer:
         """One more than the greatest id that can come out."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
-    def encode(self, texts: Sequence[Text]) -> Encoded:
+    def encode(self, texts: Sequence[Text], first: int = 0) -> Encoded:
         """Tokenise texts, or pairs of them. Lone surrogates, which no UTF-8 text holds, are read as U+FFFD.
+
+        `first` is what errors call the first of them, where they are a part of a longer list.
 
         Raises:
             TypeError: an element is neither a str nor a pair of str; its index and type are named.
         """
-        encodings = self.backend.encode_batch_fast([self._checked(i, text) for i, text in enumerate(texts)])
+        encodings = self.backend.encode_batch_fast([self._checked(i, text) for i, text in enumerate(texts, first)])
         pairs = any(not isinstance(text, str) for text in texts)
         return Encoded(
             [e.ids for e in encodings],

@@ -9,6 +9,10 @@ from typing import Any
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
+from fastbert.typed import field
+
+_CONFIG = "tokenizer_config.json"
+
 
 def read_tokenizer(folder: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
     """The tokenizer of a folder; where `config` (tokenizer_config.json) and BERT's normaliser differ, `config` wins.
@@ -33,16 +37,21 @@ def read_tokenizer(folder: Path, config: Mapping[str, Any]) -> tokenizers.Tokeni
         ) from error
     normalizer = backend.normalizer
     if isinstance(normalizer, normalizers.BertNormalizer):  # transformers lets the configuration win over the file
-        normalizer.lowercase = config.get("do_lower_case", normalizer.lowercase)
-        normalizer.strip_accents = config.get("strip_accents", normalizer.strip_accents)
-        normalizer.handle_chinese_chars = config.get("tokenize_chinese_chars", normalizer.handle_chinese_chars)
+        normalizer.lowercase = field(config, "do_lower_case", bool, normalizer.lowercase, _CONFIG)
+        if "strip_accents" in config:  # null has a meaning of its own: as do_lower_case says
+            normalizer.strip_accents = field(config, "strip_accents", bool, None, _CONFIG)
+        chinese = field(config, "tokenize_chinese_chars", bool, normalizer.handle_chinese_chars, _CONFIG)
+        normalizer.handle_chinese_chars = chinese
         backend.normalizer = normalizer
     return backend
 
 
 def _wordpiece(path: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
     """BERT's tokenizer from its list of tokens, one a line."""
-    vocab = {token: i for i, token in enumerate(path.read_text(encoding="utf-8").split("\n")) if token}
+    try:
+        vocab = {token: i for i, token in enumerate(path.read_text(encoding="utf-8").split("\n")) if token}
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a list of tokens in UTF-8: {error}. Download it again") from error
     names = ("unk_token", "cls_token", "sep_token", "pad_token", "mask_token")
     unk, cls, sep, pad, mask = (_content(config.get(name, f"[{name[:-6].upper()}]")) for name in names)
     if missing := [token for token in (unk, cls, sep) if token not in vocab]:
@@ -51,9 +60,9 @@ def _wordpiece(path: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
         )
     backend = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token=unk))
     backend.normalizer = normalizers.BertNormalizer(
-        handle_chinese_chars=config.get("tokenize_chinese_chars", True),
-        strip_accents=config.get("strip_accents"),
-        lowercase=config.get("do_lower_case", True),
+        handle_chinese_chars=field(config, "tokenize_chinese_chars", bool, True, _CONFIG),
+        strip_accents=field(config, "strip_accents", bool, None, _CONFIG),
+        lowercase=field(config, "do_lower_case", bool, True, _CONFIG),
     )
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.post_processor = processors.TemplateProcessing(
@@ -67,7 +76,7 @@ def _wordpiece(path: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
 
 def _content(token: Any) -> str:
     """A special token in a configuration is a string or an object with its content."""
-    return token["content"] if isinstance(token, Mapping) else str(token)
+    return field(token, "content", str, "", _CONFIG) if isinstance(token, Mapping) else str(token)
 
 
 def lowercase_first(backend: tokenizers.Tokenizer) -> None:

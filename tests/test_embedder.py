@@ -596,7 +596,7 @@ def test_missing_and_corrupt_files_are_named(build):
         ([("CNN", {}, None)], "lists the modules Transformer, Pooling, CNN; computed here are"),
         ([_dense(8, True, activation_function="os.system")], "activation_function 'os.system'; known: "),
         ([_dense(8, True, module_input_name="token_embeddings")], "module_input_name is 'token_embeddings'"),
-        ([("Dense", {"in_features": 32}, {})], "lacks 'out_features'"),
+        ([("Dense", {"in_features": 32}, {})], "out_features is None"),
         ([("Dense", {"in_features": 32, "out_features": 9}, {"linear.weight": torch.zeros(8, 32)})], "do not fit"),
     ],
 )

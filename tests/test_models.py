@@ -503,7 +503,7 @@ def test_bad_input_is_named(call, error, message):
         ({"is_decoder": True}, "encoders only"),
         ({"hidden_act": "gelo"}, "nearest: gelu"),
         ({"hidden_size": 50}, "not a multiple"),
-        ({"hidden_size": "768"}, "must be a number"),
+        ({"hidden_size": "768"}, "must be a whole number"),
         ({"model_type": "roberta"}, "'roberta' but BertConfig reads 'bert'"),
     ],
 )

@@ -35,7 +35,7 @@ class AutoClass:
             ValueError: the type is None or has no such class; the message lists those that have.
         """
         table = {c.config_class.model_type: c for c in cls.classes}
-        if model_type not in table:
+        if not isinstance(model_type, str) or model_type not in table:
             raise ValueError(f"{cls.__name__} knows no model_type {model_type!r}; it knows {', '.join(table)}")
         return table[model_type]
 

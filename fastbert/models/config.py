@@ -8,13 +8,18 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, get_type_hints
 
 from fastbert.hub import resolve
 from fastbert.models.activations import activation
+from fastbert.typed import is_a, spell
 from fastbert.weights import nearest, read_json
 
 C = TypeVar("C", bound="Config")
+
+_LABELS = ("id2label", "label2id")  # JSON knows no integer keys: `_set_labels` reads them
+_MAY_BE_ZERO = ("type_vocab_size", "pad_token_id", "num_labels", "num_hidden_layers", "n_layers")
+_MOST_LAYERS = 4096  # a number beyond is a broken file, and would be built for hours
 
 
 # What a task or a training loop may set on a live configuration. Everything else is the architecture.
@@ -75,14 +80,29 @@ class Config:
         if id2label is None:
             names = {i: f"LABEL_{i}" for i in range(num_labels)}
         else:
-            names = {int(i): str(label) for i, label in id2label.items()}
+            try:
+                names = {int(i): str(label) for i, label in id2label.items()}
+            except (AttributeError, TypeError, ValueError) as error:
+                raise ValueError(f"id2label is {id2label!r:.80}; it must map ids to names") from error
         label2id = vars(self).get("label2id")
+        if label2id is not None and not is_a(label2id, Mapping[str, int]):
+            raise ValueError(f"label2id is {label2id!r:.80}; it must map names to ids")
         if label2id is None or len(label2id) != len(names):
             label2id = {label: i for i, label in names.items()}
         vars(self).update(id2label=names, num_labels=len(names), label2id=label2id)
 
     def validate(self) -> None:
-        """Raise ValueError on an architecture this package does not compute."""
+        """Raise ValueError on an architecture this package does not compute, or that cannot be."""
+        for name, kind in get_type_hints(type(self)).items():
+            value = getattr(self, name, None)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                continue
+            if is_a(1, kind) and not is_a(0.5, kind) and value < (0 if name in _MAY_BE_ZERO else 1):
+                raise ValueError(f"{name} is {value}; it must be {0 if name in _MAY_BE_ZERO else 1} or more")
+            if "layers" in name and value > _MOST_LAYERS:
+                raise ValueError(f"{name} is {value}; more than {_MOST_LAYERS} layers cannot be meant")
+            if ("dropout" in name or name.endswith("_prob")) and not 0 <= value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 0 and below 1")
         position = self.extra.get("position_embedding_type", "absolute")
         if position != "absolute":
             raise ValueError(
@@ -112,13 +132,11 @@ class Config:
         if "num_labels" in overrides and overrides["num_labels"] != len(values.get("id2label") or {}):
             values.pop("id2label", None)
             values.pop("label2id", None)
-        nullable = {name for name, f in names.items() if "None" in str(f.type)}
-        known = {k: v for k, v in values.items() if k in names and (v is not None or k in nullable)}
+        kinds = get_type_hints(cls)
+        known = {k: v for k, v in values.items() if k in names and (v is not None or is_a(None, kinds[k]))}
         for name, value in known.items():
-            default = names[name].default
-            kinds = (int, float) if isinstance(default, float) else (int,) if type(default) is int else ()
-            if kinds and value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
-                raise ValueError(f"config.json: {name} must be a number like {default!r}, it is {value!r}")
+            if name not in _LABELS and not is_a(value, kinds[name]):
+                raise ValueError(f"config.json: {name} is {value!r:.80}; it must be {spell(kinds[name])}")
         extra = {name: value for name, value in values.items() if name not in names}
         return cls(**{**known, **overrides}, extra=extra)
 
