@@ -9,10 +9,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -115,11 +116,10 @@ def load() -> float:
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else float("nan")
 
 
-def write(rows: list[Row], name: str) -> Path:
-    """Replace `results/<name>.csv`'s rows of the same (op, case, backend, mode, dtype) and keep the others."""
+def write(rows: Sequence[Any], name: str, key: tuple[str, ...] = ("op", "case", "backend", "mode", "dtype")) -> Path:
+    """Replace `results/<name>.csv`'s rows of the same key and keep the others. Rows are dataclasses of one class."""
     path = RESULTS / f"{name}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
-    key = ("op", "case", "backend", "mode", "dtype")
     table: dict[tuple[str, ...], dict[str, object]] = {}
     if path.exists():
         with path.open(newline="") as file:
@@ -128,7 +128,7 @@ def write(rows: list[Row], name: str) -> Path:
         values = asdict(row)
         table[tuple(str(values[k]) for k in key)] = values
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
+        writer = csv.DictWriter(file, [f.name for f in fields(rows[0])])
         writer.writeheader()
         writer.writerows(table[k] for k in sorted(table))
     return path

@@ -191,11 +191,13 @@ def _pool(lengths: list[int], D: int, mode: str) -> Callable[..., Inputs]:
     return lambda g: {"hidden": _normal(g, sum(lengths), D), "cu_seqlens": cu_seqlens_of(lengths), "mode": mode}
 
 
-def _cross_entropy(M: int, V: int, *, ignored: int = 0, scale: float = 3.0) -> Callable[..., Inputs]:
+def _cross_entropy(
+    M: int, V: int, *, ignored: int = 0, scale: float = 3.0, reduction: str = "mean"
+) -> Callable[..., Inputs]:
     def make(g: torch.Generator) -> Inputs:
         labels = torch.randint(0, V, (M,), generator=g)
         labels[torch.randperm(M, generator=g)[:ignored]] = -100
-        return {"logits": _normal(g, M, V, scale=scale), "labels": labels}
+        return {"logits": _normal(g, M, V, scale=scale), "labels": labels, "reduction": reduction}
 
     return make
 
@@ -240,6 +242,7 @@ CASES: list[Case] = [
     *(Case("pool", f"bert_base_{mode}", _pool([128, 7, 40], 768, mode)) for mode in ("mean", "max")),
     Case("cross_entropy", "one_row", _cross_entropy(1, 7)),
     Case("cross_entropy", "ragged", _cross_entropy(37, 131, ignored=9)),
+    Case("cross_entropy", "sum", _cross_entropy(37, 131, ignored=9, reduction="sum")),
     Case("cross_entropy", "large_logits", _cross_entropy(5, 64, scale=80.0)),
     Case("cross_entropy", "bert_base", _cross_entropy(19, 30522, ignored=3)),
 ]

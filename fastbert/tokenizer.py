@@ -106,7 +106,7 @@ class Tokenizer:
         Raises:
             TypeError: an element is neither a str nor a pair of str; its index and type are named.
         """
-        encodings = self.backend.encode_batch_fast([self._checked(i, text) for i, text in enumerate(texts, first)])
+        encodings = self.backend.encode_batch_fast([self.checked(text, i) for i, text in enumerate(texts, first)])
         pairs = any(not isinstance(text, str) for text in texts)
         return Encoded(
             [e.ids for e in encodings],
@@ -114,11 +114,20 @@ class Tokenizer:
             [bool(e.overflowing) for e in encodings],
         )
 
-    def _checked(self, index: int, text: Text) -> Text:
+    def checked(self, text: Text, index: int = 0) -> Text:
+        """A text or pair as it is tokenised: without lone surrogates, and without an end that truncation cuts anyway.
+
+        Raises:
+            TypeError: it is neither a str nor a pair of str; `index` is its place in the message.
+        """
         if isinstance(text, str):
             return self._head(_SURROGATES.sub("\ufffd", text))
         if isinstance(text, (tuple, list)) and len(text) == 2 and all(isinstance(part, str) for part in text):
-            return _SURROGATES.sub("\ufffd", text[0]), _SURROGATES.sub("\ufffd", text[1])
+            a, b = (_SURROGATES.sub("\ufffd", part) for part in text)
+            # Of a pair the longer text is cut first. No text has more than four tokens a character (a letter's
+            # decomposition): so the other one stays the shorter, however much of the longer one is left out.
+            short = 4 * min(len(a), len(b)) < self.max_length - 1
+            return (a, b) if not short else (a, self._head(b)) if len(a) < len(b) else (self._head(a), b)
         raise TypeError(f"texts[{index}] must be a str or a pair of str, it is a {type(text).__name__}: {text!r:.80}")
 
     def _head(self, text: str) -> str:

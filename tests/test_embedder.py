@@ -11,6 +11,7 @@ import pathlib
 import re
 import shutil
 import subprocess
+import threading
 import unittest.mock
 import urllib.request
 import warnings
@@ -33,6 +34,7 @@ from fastbert.models import BertConfig, BertModel
 from fastbert.models.quantize import Int8Linear, quantize_int8
 from fastbert.ops.int8_linear import int8_linear, quantize_rows
 from fastbert.pooling import FLAGS, Pooling
+from fastbert.windows import WINDOW, ahead, windows
 
 MINILM = resolve(DEFAULT_MODEL)
 TOLERANCE = 2e-6  # of vectors of length 1, fp32: forty times what two orders of summation differ by
@@ -524,18 +526,78 @@ def test_eight_threads_get_what_one_thread_gets(build):
     assert all(np.array_equal(a, b) for a, b in zip(serial, threaded, strict=True))
 
 
+# --- long lists: a thread tokenises one part ahead --------------------------------------------------------------------
+
+
 def test_long_lists_are_computed_in_windows(build, monkeypatch):
     embedder = load(build())
     texts = [f"{'w ' * (i % 9)}{i}" for i in range(50)]
     expected = embedder.encode(texts)
-    monkeypatch.setattr("fastbert.embedder.WINDOW", 7)
+    monkeypatch.setattr("fastbert.windows.WINDOW", 7)
+    monkeypatch.setattr("fastbert.embedder.COPY", 11)
     sizes = []
     encode = type(embedder.tokenizer).encode
-    monkeypatch.setattr(type(embedder.tokenizer), "encode", lambda self, t: (sizes.append(len(t)), encode(self, t))[1])
-    assert error(embedder.encode(texts), expected) <= 1e-5
-    assert sizes == [7] * 7 + [1]
+    monkeypatch.setattr(
+        type(embedder.tokenizer), "encode", lambda self, t, first: (sizes.append((first, len(t))), encode(self, t))[1]
+    )
+    assert np.array_equal(embedder.encode(texts), expected)
+    assert sizes == [(7 * i, 7) for i in range(7)] + [(49, 1)]
     states = embedder.encode(texts, output_value="token_embeddings")
     assert error(np.stack([s.mean(0) for s in states]), expected) <= 1e-5
+
+
+def test_windows_cover_the_list_and_begin_small():
+    texts = ["word " * 60] * 3000 + [("a" * 30, "b" * 30)] * 40 + ["x" * 10**6] * 3 + [""] * 20000
+    bounds = windows(texts, max_length=256, budget_tokens=2048)
+    assert [i for first, last in bounds for i in range(first, last)] == list(range(len(texts)))
+    sizes = [last - first for first, last in bounds]
+    assert sizes[0] < sizes[1] < sizes[2] < sizes[3] == sizes[4], "1, 2, 4, then 8 budgets"
+    assert sizes[3] * 102 < 8 * 2048 + 102
+    assert all(last > first and last - first <= WINDOW for first, last in bounds)
+    assert windows(["a"] * 99, max_length=256, budget_tokens=1) == [(0, 99)], "tiny batches make no tiny parts"
+    assert windows([], max_length=256, budget_tokens=2048) == []
+    # A megabyte that is cut to 256 tokens counts as 256: three of them share a part with short texts.
+    assert len(windows(["x" * 10**6] * 3, max_length=256, budget_tokens=2048)) == 1
+
+
+def test_the_next_part_is_made_while_this_one_is_used():
+    started = [threading.Event() for _ in range(5)]
+    places = []
+
+    def work(i):
+        started[i].set()
+        places.append(threading.current_thread())
+        return i * i
+
+    seen = []
+    for i, value in enumerate(ahead(work, range(5))):
+        seen.append(value)
+        assert i == 4 or started[i + 1].wait(30), "nobody works ahead"
+        assert not any(event.is_set() for event in started[i + 2 :]), "one part ahead, not more"
+    assert seen == [0, 1, 4, 9, 16]
+    assert threading.current_thread() not in places
+    places.clear()
+    assert list(ahead(work, [3])) == [9]
+    assert places == [threading.current_thread()], "a single part pays no hop to a thread"
+    assert list(ahead(work, [])) == []
+
+
+def test_an_error_ahead_comes_in_its_place_and_leaves_no_thread():
+    before = threading.active_count()
+    made = ahead(lambda i: 1 // (2 - i), range(4))
+    assert [next(made), next(made)] == [0, 1]
+    with pytest.raises(ZeroDivisionError):
+        next(made)
+    dropped = ahead(str, range(9))
+    next(dropped)
+    dropped.close()
+    assert threading.active_count() == before
+
+
+def test_a_bad_text_far_down_the_list_is_named_by_its_place(build, monkeypatch):
+    monkeypatch.setattr("fastbert.windows.WINDOW", 4)
+    with pytest.raises(TypeError, match=r"texts\[10\] must be a str or a pair of str, it is a int: 7"):
+        load(build()).encode(["fine"] * 10 + [7, "fine"], prompt="p: ")
 
 
 def test_the_progress_bar_goes_to_stderr(build, capsys):

@@ -103,10 +103,11 @@ INDEPENDENT = {
     "attention": _sdpa,
     "attention_rel_bias": _sdpa_rel_bias,
     "pool": _pool_loop,
-    "cross_entropy": lambda logits, labels: (
+    "cross_entropy": lambda logits, labels, reduction: getattr(
         torch.logsumexp(logits, 1)[labels != -100]
-        - logits[labels != -100].gather(1, labels[labels != -100][:, None])[:, 0]
-    ).mean(),
+        - logits[labels != -100].gather(1, labels[labels != -100][:, None])[:, 0],
+        reduction,
+    )(),
 }
 
 
@@ -176,9 +177,9 @@ def _mean_over_n_plus_1(hidden, cu_seqlens, mode):
     return pool_ref(hidden, cu_seqlens, mode) * n / (n + 1)
 
 
-def _mean_over_all_rows(logits, labels):
+def _mean_over_all_rows(logits, labels, reduction):
     kept = (labels != -100).sum() / len(labels)
-    return cross_entropy_ref(logits, labels) * kept
+    return cross_entropy_ref(logits, labels, reduction=reduction) * kept
 
 
 # A tanh GELU and a wrong eps differ by less than one rounding of bf16, so mutants are judged in fp32.
@@ -359,6 +360,7 @@ def test_max_pooling_keeps_nan_as_torch_does():
         (lambda: ops.pool(torch.ones(2, 3), torch.tensor([0, 1]).int()), ValueError, "ends at 1"),
         (lambda: ops.cross_entropy(torch.ones(2, 3), torch.tensor([0, 3])), IndexError, "label 3 is outside"),
         (lambda: ops.cross_entropy(torch.ones(2, 3), torch.tensor([0])), ValueError, r"\(M, V\)"),
+        (lambda: ops.cross_entropy(torch.ones(1, 3), torch.tensor([0]), reduction="none"), ValueError, "'none'"),
         (lambda: ops.plan_mask(torch.ones(2, 3)), ValueError, "bool"),
         (lambda: ops.plan_batches(torch.tensor([3, -1]), 8), ValueError, "-1"),
         (lambda: ops.plan_batches(torch.tensor([3]), 0), ValueError, "at least 1"),

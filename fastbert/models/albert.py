@@ -210,6 +210,14 @@ class AlbertForPreTraining(AlbertHead):
     def get_output_embeddings(self) -> nn.Linear:
         return self.predictions.decoder
 
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(N, D) -> (N, V)."""
+        return self.predictions(hidden)
+
+    def pair_logits(self, encoded: Encoded) -> torch.Tensor:
+        """(S, 2): the segments are in order, or swapped."""
+        return self.sop_classifier(self.pooled(encoded))
+
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -231,8 +239,8 @@ class AlbertForPreTraining(AlbertHead):
         )  # fmt: skip
         labels_T = None if labels is None or sentence_order_label is None else encoded.pack(labels)
         with_logits = (labels_T is None or not self.training) if output_logits is None else output_logits
-        loss, logits = vocabulary_loss(self.predictions, encoded.hidden_TD, labels_T, with_logits)
-        order = self.sop_classifier(self.pooled(encoded))
+        loss, logits = vocabulary_loss(self.logits, encoded.hidden_TD, labels_T, with_logits)
+        order = self.pair_logits(encoded)
         if loss is not None and sentence_order_label is not None:
             loss = loss + cross_entropy(order, sentence_order_label.reshape(-1))
         unpacked = None if logits is None else encoded.unpack(logits)

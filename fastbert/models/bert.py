@@ -185,6 +185,14 @@ class BertForPreTraining(BertHead):
     def get_output_embeddings(self) -> nn.Linear:
         return self.cls.predictions.decoder
 
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(N, D) -> (N, V)."""
+        return self.cls.predictions(hidden)
+
+    def pair_logits(self, encoded: Encoded) -> torch.Tensor:
+        """(S, 2): the second segment follows, or is a random one."""
+        return self.cls.seq_relationship(self.pooled(encoded))
+
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -207,8 +215,8 @@ class BertForPreTraining(BertHead):
         both = labels is not None and next_sentence_label is not None
         with_logits = not (both and self.training) if output_logits is None else output_logits
         labels_T = encoded.pack(labels) if both and labels is not None else None
-        mlm_loss, logits = vocabulary_loss(self.cls.predictions, encoded.hidden_TD, labels_T, with_logits)
-        relationship = self.cls.seq_relationship(self.pooled(encoded))
+        mlm_loss, logits = vocabulary_loss(self.logits, encoded.hidden_TD, labels_T, with_logits)
+        relationship = self.pair_logits(encoded)
         loss = None
         if mlm_loss is not None and next_sentence_label is not None:
             loss = mlm_loss + cross_entropy(relationship, next_sentence_label.reshape(-1))

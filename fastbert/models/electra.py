@@ -168,6 +168,10 @@ class ElectraForPreTraining(ElectraHead):
         self.discriminator_predictions = DiscriminatorPredictions(config)
         self.post_init()
 
+    def logits(self, encoded: Encoded) -> torch.Tensor:
+        """(T): above 0 = replaced."""
+        return self.discriminator_predictions(encoded.hidden_TD)
+
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -185,7 +189,7 @@ class ElectraForPreTraining(ElectraHead):
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
             output_attentions, output_hidden_states,
         )  # fmt: skip
-        logits = self.discriminator_predictions(encoded.hidden_TD)
+        logits = self.logits(encoded)
         loss = None
         if labels is not None:
             scores = logits.to(torch.promote_types(logits.dtype, torch.float32))

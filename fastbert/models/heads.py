@@ -55,32 +55,37 @@ class HeadModel(PreTrainedModel):
         self.base_model.set_input_embeddings(table)
 
 
-def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tensor:
-    """The loss of `problem_type`, or of the type that the number of labels and the labels' dtype imply.
+def problem_type(logits: Tensor, labels: Tensor) -> str:
+    """What the number of labels and the labels' dtype imply: one number, one class, or any number of classes."""
+    if logits.shape[-1] == 1:
+        return "regression"
+    return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+
+
+def classification_loss(logits: Tensor, labels: Tensor, kind: str | None, reduction: str = "mean") -> Tensor:
+    """The loss of a problem type, or of the one that the number of labels and the labels' dtype imply.
 
     Args:
         logits: (S, N).
         labels: (S) int64 for single-label, (S) or (S, N) floats for regression, (S, N) floats for multi-label.
+        kind: one of `PROBLEM_TYPES`, or None.
+        reduction: `"mean"` or `"sum"`, over labelled sequences or over all S * N numbers.
 
     Raises:
         ValueError: an unknown problem type, or labels whose shape does not fit it.
     """
-    if problem_type is None:
-        if logits.shape[-1] == 1:
-            problem_type = "regression"
-        else:
-            problem_type = PROBLEM_TYPES[2] if labels.is_floating_point() else PROBLEM_TYPES[1]
-    if problem_type not in PROBLEM_TYPES:
-        raise ValueError(f"problem_type is {problem_type!r}; it must be one of {PROBLEM_TYPES}")
-    if problem_type == "single_label_classification":
-        return cross_entropy(logits, labels.reshape(-1))
-    if problem_type == "regression" and logits.shape[-1] == 1:
+    kind = problem_type(logits, labels) if kind is None else kind
+    if kind not in PROBLEM_TYPES:
+        raise ValueError(f"problem_type is {kind!r}; it must be one of {PROBLEM_TYPES}")
+    if kind == "single_label_classification":
+        return cross_entropy(logits, labels.reshape(-1), reduction=reduction)
+    if kind == "regression" and logits.shape[-1] == 1:
         logits, labels = logits.reshape(-1), labels.reshape(-1)
     if logits.shape != labels.shape:
-        raise ValueError(f"{problem_type}: labels have shape {tuple(labels.shape)} but logits {tuple(logits.shape)}")
-    if problem_type == "regression":
-        return F.mse_loss(logits, labels)
-    return F.binary_cross_entropy_with_logits(logits, labels)
+        raise ValueError(f"{kind}: labels have shape {tuple(labels.shape)} but logits {tuple(logits.shape)}")
+    if kind == "regression":
+        return F.mse_loss(logits, labels, reduction=reduction)
+    return F.binary_cross_entropy_with_logits(logits, labels, reduction=reduction)
 
 
 class ClassificationHead(nn.Module):

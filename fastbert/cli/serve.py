@@ -1,0 +1,80 @@
+"""`fastbert serve`: models over HTTP. Its options are the fields of `fastbert.serve.settings.Settings`."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import types
+import typing
+from typing import Annotated, Any
+
+import typer
+
+from fastbert.cli.application import app, option
+from fastbert.serve.settings import Settings
+
+
+def _options() -> list[inspect.Parameter]:
+    """One option for each setting, with its environment names: `FASTBERT_<NAME>`, then TEI's."""
+    hints = typing.get_type_hints(Settings)
+    return [_option(field, hints[field.name]) for field in dataclasses.fields(Settings)]
+
+
+def _option(field: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
+    metadata = dict(field.metadata)
+    panel, help, flags, env = (metadata.pop(key) for key in ("panel", "help", "flags", "env"))
+    secret = metadata.pop("secret", False)
+    own = "--" + field.name.replace("_", "-")
+    if kind is bool and not flags:
+        flags = (f"{own}/--no-{own[2:]}",)
+    parts = [part for part in typing.get_args(kind) if part is not type(None)]
+    default = field.default
+    if typing.get_origin(kind) is tuple:
+        kind, default = list[str], list(field.default) or None
+    elif typing.get_origin(kind) is types.UnionType:
+        kind = parts[0] | None
+    names = [f"FASTBERT_{field.name.upper()}", *env.split()]
+    shown = option(panel, help, *(flags or (own,)), envvar=names, show_default=not secret, show_envvar=False, **metadata)
+    return inspect.Parameter(
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, shown]
+    )
+
+
+def serve(
+    model: Annotated[list[str] | None, typer.Argument(help="Folders or hub ids; the first is the default.")] = None,
+    model_id: Annotated[
+        str | None, option("Model", "The same, as text-embeddings-inference names it.", "--model-id", envvar="MODEL_ID", show_envvar=False)
+    ] = None,
+    prometheus_port: Annotated[
+        int | None, typer.Option("--prometheus-port", hidden=True, help="Metrics are at /metrics of the same port.")
+    ] = None,
+    disable_spans: Annotated[bool, typer.Option("--disable-spans", hidden=True, help="Spans are off by default.")] = False,
+    **given: Any,
+) -> None:
+    """Serve models over HTTP: the routes of text-embeddings-inference, OpenAI, Cohere and Jina.
+
+    Every option can be set in the environment as FASTBERT_<NAME>; text-embeddings-inference's flags and most of its
+    environment names work too.
+    """
+    models = [*(model or []), *([model_id] if model_id else [])]
+    if not models:
+        raise typer.BadParameter("name a model: fastbert serve MODEL, for example sentence-transformers/all-MiniLM-L6-v2")
+    if stray := [name for name in models if name.lower() in ("true", "false")]:
+        raise typer.BadParameter(f"{stray[0]!r} is no model; flags take no value: --auto-truncate or --no-auto-truncate")
+    settings = Settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v is not None})
+    keys = settings.keys()
+    from fastbert.hub import resolve
+
+    try:
+        from fastbert.serve.launch import launch
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{error}; the server needs pip install 'fastbert-engine[serve]'") from error
+    cache, token = settings.huggingface_hub_cache, settings.hf_token
+    folders = [resolve(name, revision=settings.revision, cache_dir=cache, token=token) for name in models]
+    raise typer.Exit(0 if launch(dict(zip(models, folders, strict=True)), settings, keys) else 1)
+
+
+_own = inspect.signature(serve, eval_str=True)
+_fixed = [parameter for parameter in _own.parameters.values() if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
+serve.__signature__ = _own.replace(parameters=[*_fixed, *_options()])  # type: ignore[attr-defined]
+app.command()(serve)

@@ -1,0 +1,1 @@
+"""A model behind HTTP: batching, tokenising and the wire formats of other servers."""

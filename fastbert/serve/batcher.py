@@ -1,0 +1,299 @@
+"""The queue in front of a model: requests of an event loop in, forward passes on one thread of its own.
+
+What is computed next is decided at the moment the device is free; nothing waits for a timer while it is idle.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import monotonic
+
+from fastbert.serve.lanes import Batch, Lanes, Request
+from fastbert.serve.latency import LatencyModel
+from fastbert.serve.pace import Pace
+from fastbert.serve.passes import BatchReport, Computes, Outcome, Passes
+from fastbert.serve.work import (
+    OUTPUTS,
+    ComputeFailed,
+    DeadlineExceeded,
+    Done,
+    Draining,
+    NonFinite,
+    Overloaded,
+    Work,
+    WorkError,
+)
+
+_QUEUE_BATCHES = 32  # full forward passes that may wait, where `max_queue_tokens` does not say
+
+
+@dataclass
+class Counters:
+    """What has happened so far: forward passes, and requests that came to nothing."""
+
+    batches: int = 0
+    sequences: int = 0
+    tokens: int = 0
+    padded_tokens: int = 0
+    compute_s: float = 0.0
+    overloaded: int = 0
+    cancelled: int = 0
+    deadline_exceeded: int = 0
+    nonfinite: int = 0
+    failed: int = 0
+    oom_splits: int = 0
+
+
+class Batcher:
+    """Collects work and computes it in packed batches. `submit` and `drain` belong to one event loop.
+
+    Args:
+        served: the model.
+        max_batch_tokens: tokens of one forward pass; None = what the device is good at. A longer sequence goes alone.
+        max_batch_sequences: sequences of one forward pass; None = no limit.
+        max_queue_tokens: tokens that may wait; None = 32 forward passes. Work that does not fit is refused whole and at
+            once; work that is larger than this by itself is taken when nothing waits.
+        target_p99_ms: make forward passes so short that a request that finds one running, and then goes into the next,
+            is answered within this time; None = use the whole budget.
+        bulk_share: the least part of the time that bulk work gets while interactive work is waiting too.
+        on_batch: called on the event loop after each forward pass.
+
+    Attributes:
+        latency: what forward passes take, as learned so far.
+        counters: what has happened so far; written by the event loop only.
+    """
+
+    def __init__(
+        self,
+        served: Computes,
+        *,
+        max_batch_tokens: int | None = None,
+        max_batch_sequences: int | None = None,
+        max_queue_tokens: int | None = None,
+        target_p99_ms: float | None = None,
+        bulk_share: float = 0.2,
+        on_batch: Callable[[BatchReport], None] | None = None,
+    ) -> None:
+        max_batch_tokens = served.batch_tokens if max_batch_tokens is None else max_batch_tokens
+        max_queue_tokens = _QUEUE_BATCHES * max_batch_tokens if max_queue_tokens is None else max_queue_tokens
+        for name, value in (
+            ("max_batch_tokens", max_batch_tokens),
+            ("max_batch_sequences", max_batch_sequences),
+            ("max_queue_tokens", max_queue_tokens),
+            ("target_p99_ms", target_p99_ms),
+        ):
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be above 0, got {value}")
+        self.served = served
+        self.max_batch_tokens = max_batch_tokens
+        self.max_batch_sequences = max_batch_sequences
+        self.max_queue_tokens = max_queue_tokens
+        self.target_p99_ms = target_p99_ms
+        self.on_batch = on_batch
+        self.latency = LatencyModel()
+        self.counters = Counters()
+        self._passes = Passes(served, self.latency)
+        self._lanes = Lanes(bulk_share)
+        self._pace = Pace()
+        self._running_until = 0.0  # when the forward pass under way is expected to end
+        self._live: set[Request] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._draining = self._closed = False
+        self._ready = threading.Condition(threading.Lock())
+        threading.Thread(target=self._run, name="fastbert-compute", daemon=True).start()
+
+    @property
+    def queue_tokens(self) -> int:
+        """Tokens that wait."""
+        return self._lanes.tokens
+
+    @property
+    def queue_requests(self) -> int:
+        """Requests of which something waits."""
+        return len(self._lanes)
+
+    @property
+    def oldest_s(self) -> float:
+        """How long the oldest of them has been waiting."""
+        with self._ready:
+            return max((monotonic() - request.arrived for request in self._lanes), default=0.0)
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens that a forward pass may have now: the budget, or less where latency or memory ask for it."""
+        tokens: float = min(self.max_batch_tokens, self._passes.memory_tokens)
+        if self.target_p99_ms is not None and self.latency.is_fitted:
+            # A request that just misses a pass waits for it, and then for its own.
+            tokens = min(tokens, self.latency.tokens_within(self.target_p99_ms / 2e3))
+        return max(1, int(tokens))
+
+    def drain_s(self) -> float:
+        """Seconds in which all that waits will be computed, as predicted."""
+        passes = -(-self._lanes.tokens // self.batch_tokens)
+        waiting = passes * self.latency.coefficients[0] + self.latency.marginal(self._lanes.tokens, self._lanes.squares)
+        return waiting + max(0.0, self._running_until - monotonic())
+
+    async def submit(self, work: Work) -> Done:
+        """Compute work. A task that is cancelled takes its work back: what is in no forward pass yet is not computed.
+
+        Raises:
+            Overloaded: it does not fit into the queue.
+            DeadlineExceeded: the deadline passed before the result was there.
+            NonFinite: NaN or infinity came out.
+            ComputeFailed: the forward pass raised, or memory does not suffice for one sequence alone.
+            Draining: the batcher takes nothing more.
+            ValueError: the model does not compute this output, or not for so long a sequence.
+        """
+        if work.output not in self.served.outputs:
+            raise ValueError(f"output {work.output!r} is not one of {', '.join(sorted(self.served.outputs))}")
+        loop = asyncio.get_running_loop()
+        request = Request(work, loop.create_future(), monotonic())
+        if max(request.lengths) > self.served.max_length:
+            raise ValueError(f"an input has {max(request.lengths)} tokens, the model takes {self.served.max_length}")
+        left_s = None if work.deadline is None else work.deadline - request.arrived
+        if left_s is not None and left_s <= 0:
+            self.counters.deadline_exceeded += 1
+            raise _too_late(request)
+        self._admit(request, loop)
+        timer = None if left_s is None else loop.call_later(left_s, self._expire, request)
+        try:
+            return await request.future
+        except asyncio.CancelledError:
+            self.counters.cancelled += 1
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+            self._live.discard(request)
+            if not request.is_computed:
+                with self._ready:
+                    self._lanes.remove(request)
+
+    def _admit(self, request: Request, loop: asyncio.AbstractEventLoop) -> None:
+        if self._live and loop is not self._loop:
+            raise RuntimeError("a batcher belongs to one event loop at a time, but work of another one is under way")
+        self._loop = loop
+        tokens = request.tokens
+        with self._ready:
+            if self._draining:
+                raise Draining("the server is shutting down and accepts no more work")
+            waiting = self._lanes.tokens
+            if waiting and waiting + tokens > self.max_queue_tokens:
+                self.counters.overloaded += 1
+                raise Overloaded(self.drain_s(), tokens, waiting, self.max_queue_tokens)
+            self._pace.arrived(request.arrived)
+            self._lanes.add(request, self.latency)
+            self._live.add(request)
+            self._ready.notify()
+
+    def _expire(self, request: Request) -> None:
+        self._settle(request, _too_late(request))
+
+    def _settle(self, request: Request, error: WorkError | None) -> None:
+        """Give a request its result, on the event loop; the first one counts."""
+        if request.future.done():
+            return
+        if error is None:
+            request.future.set_result(request.done())
+            return
+        self.counters.deadline_exceeded += isinstance(error, DeadlineExceeded)
+        self.counters.nonfinite += isinstance(error, NonFinite)
+        self.counters.failed += isinstance(error, ComputeFailed)
+        request.future.set_exception(error)
+
+    async def drain(self, timeout_s: float | None = None) -> bool:
+        """Accept no more, finish what was accepted, stop the thread.
+
+        Returns:
+            Whether all was finished within `timeout_s`; what was not fails with `Draining`.
+        """
+        with self._ready:
+            self._draining = True
+        late: set[asyncio.Future[Done]] = set()
+        if self._live:
+            _, late = await asyncio.wait([request.future for request in self._live], timeout=timeout_s)
+        self.close()
+        return not late
+
+    def close(self) -> None:
+        """Stop at once: what waits fails with `Draining`; a forward pass under way is not waited for."""
+        with self._ready:
+            self._draining = self._closed = True
+            self._ready.notify()
+        for request in list(self._live):
+            self._settle(request, Draining("the server shut down before this was computed"))
+
+    async def warm_up(self) -> None:
+        """Compute the shapes that will come, from one short sequence to a full batch, and learn what they take."""
+        output = next(output for output in OUTPUTS if output in self.served.outputs)
+        longest = self.served.max_length
+        lengths = sorted({min(length, longest) for length in (8, 32, 128, longest)})
+        counts = [(length, 1) for length in lengths for _ in range(2)]
+        for length, count in [*counts, (min(128, longest), max(1, self.max_batch_tokens // min(128, longest)))]:
+            await self.submit(Work([[0] * length] * count, output=output))
+
+    # On the compute thread.
+
+    def _run(self) -> None:
+        while True:
+            with self._ready:
+                expired, batch = self._next()
+            if batch is None:
+                return
+            outcome = self._passes.run(batch)
+            outcome.settled += [(request, _too_late(request)) for request in expired]
+            with self._ready:
+                for request, error in outcome.settled:
+                    if error is not None:  # what else it has waiting is not computed
+                        self._lanes.remove(request)
+            self._running_until = 0.0
+            self._hand_over(outcome)
+
+    def _next(self) -> tuple[list[Request], Batch | None]:
+        """Wait for work: requests that are too late, and a batch of the others; None = stop. The lock is held."""
+        while not self._closed:
+            now = monotonic()
+            if not self._lanes.tokens:
+                self._ready.wait()
+            elif (pause := self._pace.pause_s(self._lanes, self.batch_tokens, self.latency, now)) > 0:
+                self._ready.wait(pause)
+            else:
+                expired = [r for r in self._lanes if r.work.deadline is not None and r.work.deadline <= now]
+                for request in expired:
+                    self._lanes.remove(request)
+                batch = self._lanes.take(self.batch_tokens, self.max_batch_sequences, self.latency)
+                self._running_until = now + self.latency.predict(batch.tokens, batch.squares)
+                return expired, batch
+        return [], None
+
+    def _hand_over(self, outcome: Outcome) -> None:
+        """Cross to the event loop, once for the whole batch."""
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(self._deliver, outcome)
+        except RuntimeError:  # the loop is closed: nobody waits any more
+            if not self._loop.is_closed():
+                raise
+
+    def _deliver(self, outcome: Outcome) -> None:
+        counters = self.counters
+        counters.oom_splits += outcome.oom_splits
+        for request, error in outcome.settled:
+            self._settle(request, error)
+        for report in outcome.reports:
+            counters.batches += 1
+            counters.sequences += report.sequences
+            counters.tokens += report.tokens
+            counters.padded_tokens += report.padded_tokens
+            counters.compute_s += report.compute_s
+            if self.on_batch is not None:
+                self.on_batch(report)
+
+
+def _too_late(request: Request) -> DeadlineExceeded:
+    deadline = request.work.deadline
+    assert deadline is not None
+    return DeadlineExceeded(f"the deadline, {deadline - request.arrived:.3f} s after the work came, is over")

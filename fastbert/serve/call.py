@@ -1,0 +1,154 @@
+"""One request on its way through the server: who asks, what model, until when, and where the time went."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from typing import TypeVar
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from fastbert.serve.errors import BadJSON, Invalid, ServeError, WrongContentType, dialect_of
+from fastbert.serve.security import read_body
+from fastbert.serve.series import STAGES
+from fastbert.serve.models import Model
+from fastbert.serve.state import State
+from fastbert.serve.work import LANES
+
+M = TypeVar("M", bound=BaseModel)
+
+_BRANCHES = {"str", "Document", "texts form", "documents form"}
+
+
+class Call(Request):
+    """A request, with the server it came to.
+
+    Attributes:
+        server: the server's state.
+        id: of the client's `x-request-id`, or ours.
+        path: below the root path.
+        dialect: of its errors.
+        stages: seconds by stage.
+        tokens, characters: of the inputs.
+        num_truncated: inputs that were cut.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, server: State) -> None:
+        super().__init__(scope, receive, send)
+        self.server = server
+        self.started = time.perf_counter()
+        self.path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
+        given = self.headers.get("x-request-id", "")
+        self.id = given if 0 < len(given) <= 128 and given.isascii() and given.isprintable() else secrets.token_hex(16)
+        self.dialect = dialect_of(self.path, server.settings.compat)
+        self.stages: dict[str, float] = {}
+        self.tokens = self.characters = self.num_truncated = 0
+
+    async def read(self, adapter: TypeAdapter[M]) -> M:
+        """The body as a schema's object.
+
+        Raises:
+            WrongContentType, BodyTooLarge, SlowBody: before it is parsed.
+            BadJSON: it is no JSON, or nested too deep.
+            Invalid: JSON of another shape; the first misfit is named.
+        """
+        kind = self.headers.get("content-type", "").split(";")[0].strip().lower()
+        if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
+            raise WrongContentType(
+                f"Expected request with `Content-Type: application/json`, got {kind or 'none'!r}"
+            )
+        settings = self.server.settings
+        body = await read_body(self, self.receive, settings.payload_limit, settings.body_timeout_s)
+        started = time.perf_counter()
+        parsed = parse(adapter, body)
+        self.stages["parse"] = time.perf_counter() - started
+        return parsed
+
+    def model(self, name: str | None = None) -> Model:
+        """The model that the body, else `?model=`, else `x-model` names; without a name the first one.
+
+        Raises:
+            ModelNotFound: several models are served and none has this name.
+        """
+        return self.server.model(name or self.query_params.get("model") or self.headers.get("x-model"))
+
+    def deadline(self) -> float:
+        """When the answer is of no use any more, by the monotonic clock: `x-deadline-ms`, or the server's limit.
+
+        Raises:
+            Invalid: the header is no number above 0.
+        """
+        limit = self.server.settings.request_timeout_s
+        if (text := self.headers.get("x-deadline-ms")) is not None:
+            try:
+                asked = float(text)
+            except ValueError:
+                asked = 0.0
+            if not 0 < asked < float("inf"):
+                raise Invalid(f"x-deadline-ms is {text!r:.40}; it is a number of milliseconds above 0", "x-deadline-ms")
+            limit = min(limit, asked / 1e3)
+        return time.monotonic() + limit - (time.perf_counter() - self.started)
+
+    def lane(self) -> str:
+        """The queue of `x-priority`.
+
+        Raises:
+            Invalid: an unknown one.
+        """
+        lane = self.headers.get("x-priority", LANES[0]).lower()
+        if lane not in LANES:
+            raise Invalid(f"x-priority is {lane!r:.40}; it is one of {', '.join(LANES)}", "x-priority")
+        return lane
+
+    def answer(self, content: bytes, media_type: str = "application/json", **headers: str) -> Response:
+        """A 200 with TEI's headers and `Server-Timing`; what a stage took stands there in milliseconds, not rounded."""
+        total = time.perf_counter() - self.started
+        milliseconds = str(int(total * 1e3))
+        timing = [f"{name};dur={self.stages[name] * 1e3:.3f}" for name in STAGES if name in self.stages]
+        found = {
+            "x-compute-type": self.server.compute_type,
+            "x-compute-time": milliseconds,
+            "x-compute-characters": str(self.characters),
+            "x-compute-tokens": str(self.tokens),
+            "x-total-time": milliseconds,
+            "x-tokenization-time": self._milliseconds("tokenize"),
+            "x-queue-time": self._milliseconds("queue"),
+            "x-inference-time": self._milliseconds("compute"),
+            "x-truncated-inputs": str(self.num_truncated),
+            "server-timing": ", ".join([*timing, f"total;dur={total * 1e3:.3f}"]),
+        }
+        found.update((name.replace("_", "-"), value) for name, value in headers.items())
+        return Response(content, media_type=media_type, headers=found)
+
+    def _milliseconds(self, stage: str) -> str:
+        return str(int(self.stages.get(stage, 0.0) * 1e3))
+
+
+def parse(adapter: TypeAdapter[M], body: bytes) -> M:
+    """A schema's object from JSON bytes; see `Call.read` for the errors."""
+    try:
+        return adapter.validate_json(body)
+    except ValidationError as error:
+        raise said(error) from None
+
+
+def said(error: ValidationError) -> ServeError:
+    """A misfit in axum's words, with the place and what was expected there; never with the input itself."""
+    found = error.errors(include_url=False, include_context=False, include_input=False)
+    if found[0]["type"] == "json_invalid":
+        detail = found[0]["msg"].removeprefix("Invalid JSON: ")
+        return BadJSON(f"Failed to parse the request body as JSON: {detail}")
+    places: dict[str, list[str]] = {}
+    for row in found:
+        # Pydantic names the branches of a union too: only keys and indices are places in the body.
+        parts = [str(p) for p in row["loc"] if isinstance(p, int) or (p.isidentifier() and p not in _BRANCHES)]
+        messages = places.setdefault(".".join(parts), [])
+        if row["msg"] not in messages:
+            messages.append(row["msg"])
+    place, messages = next(iter(places.items()))
+    expected = " / ".join(messages)
+    what = f"{place}: {expected}" if place else expected
+    return Invalid(f"Failed to deserialize the JSON body into the target type: {what}", place or None)

@@ -1,0 +1,140 @@
+"""The way in and out of every request: request id, key, admission, the route by its exact path, errors as JSON.
+
+Routes are declared with FastAPI, which documents them; a request whose path is exactly a route's goes straight to its
+function, past FastAPI's router and its stack of middlewares. Everything else (docs, redirects, unknown paths) goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import typing
+from collections.abc import Awaitable, Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from fastapi.routing import APIRoute
+from pydantic import TypeAdapter
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fastbert.serve.call import Call
+from fastbert.serve.errors import InternalError, NotReady, Overload, ServeError, render
+from fastbert.serve.records import log_request
+from fastbert.serve.series import STAGES
+from fastbert.serve.state import State
+
+if TYPE_CHECKING:
+    from fastbert.serve.tracing import Tracer
+
+
+logger = logging.getLogger("fastbert.serve")
+
+CALL = "fastbert.call"
+TASK = "fastbert.task"  # the connection cancels it when the client leaves
+GONE = "fastbert.gone"  # and says so here
+
+
+class DirectRoute(APIRoute):
+    """A route whose function takes the call and, if it has a `body`, the parsed body."""
+
+    def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # type: ignore[override]
+        """FastAPI's hook: what it would wrap in its own parsing and serialisation."""
+        endpoint = self.endpoint
+        hints = typing.get_type_hints(endpoint, include_extras=True)
+        adapter: TypeAdapter[Any] | None = TypeAdapter(hints["body"]) if "body" in hints else None
+
+        async def handle(request: Request) -> Response:
+            call: Call = request.scope[CALL]
+            if adapter is None:
+                return await endpoint(call)
+            return await endpoint(call, await call.read(adapter))
+
+        return handle
+
+
+class Gate:
+    """The ASGI application around FastAPI's."""
+
+    def __init__(self, app: ASGIApp, state: State, routes: Iterable[DirectRoute], tracer: Tracer | None) -> None:
+        self.app, self.state, self.tracer = app, state, tracer
+        self.handlers: dict[tuple[str, str], Callable[[Request], Awaitable[Response]]] = {}
+        for route in routes:
+            handler = route.get_route_handler()
+            for method in route.methods or ():
+                self.handlers[method, route.path] = handler
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request, or pass on what is none."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        call = Call(scope, receive, send, self.state)
+        scope[CALL], scope[TASK] = call, asyncio.current_task()
+        status = 499
+
+        async def send_marked(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", call.id.encode())]
+                if self.state.phase == "draining":
+                    message["headers"].append((b"connection", b"close"))
+            await send(message)
+
+        self.state.inflight += 1
+        span = None if self.tracer is None else self.tracer.begin(call)
+        try:
+            response = await self._answer(call, scope, receive, send_marked)
+            if response is not None:
+                await response(scope, receive, send_marked)
+        except asyncio.CancelledError:
+            if not scope.get(GONE):
+                raise
+            self.state.series.cancelled.add()
+            self.state.series.request_failure.add(1, "dropped")
+        finally:
+            self.state.inflight -= 1
+            self._count(call, status)
+            if span is not None and self.tracer is not None:
+                self.tracer.end(span, call, status)
+            log_request(call, status)
+
+    async def _answer(self, call: Call, scope: Scope, receive: Receive, send: Send) -> Response | None:
+        """The response; None where FastAPI has sent it."""
+        method = "GET" if call.method == "HEAD" else call.method
+        try:
+            headers = call.headers
+            self.state.keys.check(method, call.path, headers.get("authorization"), headers.get("x-api-key"))
+            handler = self.handlers.get((method, call.path))
+            if handler is None:
+                await self.app(scope, receive, send)
+                return None
+            if method == "POST":
+                self._admit()
+            return await handler(call)
+        except ServeError as error:
+            return self.failed(call, error)
+        except Exception as error:
+            logger.exception("request %s to %s failed", call.id, call.path)
+            return self.failed(call, InternalError(f"{type(error).__name__}; the log has it under request {call.id}"))
+
+    def _admit(self) -> None:
+        state = self.state
+        if state.phase == "starting":
+            raise NotReady("the models are being loaded", headers={"retry-after": "1"})
+        if state.inflight > state.settings.max_concurrent_requests:
+            raise Overload("Model is overloaded", headers={"retry-after": "1"})
+
+    def failed(self, call: Call, error: ServeError) -> Response:
+        """An error as the response of its dialect, counted."""
+        self.state.series.request_failure.add(1, error.failure)
+        answer = render(error, call.dialect)
+        return Response(answer.body, answer.status, answer.headers)
+
+    def _count(self, call: Call, status: int) -> None:
+        series = self.state.series
+        series.responses.add(1, str(status))
+        for stage in STAGES:
+            if stage in call.stages:
+                series.stages.observe(call.stages[stage], stage)

@@ -1,0 +1,84 @@
+"""From names and settings to a running server: load, name, wire the series, serve."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import fastbert
+from fastbert.serve.cache import Cache
+from fastbert.serve.metrics import Gauge
+from fastbert.serve.models import Model, load
+from fastbert.serve.records import configure
+from fastbert.serve.security import Keys
+from fastbert.serve.series import Series
+from fastbert.serve.server import serve
+from fastbert.serve.settings import Settings
+from fastbert.serve.state import State
+
+
+_BUILD = ("version", "device", "dtype", "model", "sha")
+
+
+def launch(folders: Mapping[str, Path], settings: Settings, keys: Sequence[str]) -> bool:
+    """Load the models of these names and folders, serve until a signal; whether all that was accepted was answered."""
+    configure(settings.structured_logs, settings.log_level)
+    return serve(build_state(folders, settings, keys))
+
+
+def build_state(folders: Mapping[str, Path], settings: Settings, keys: Sequence[str] = ()) -> State:
+    """Loaded models with their series, ready for `fastbert.serve.app.build_app`.
+
+    Args:
+        folders: by the name each was asked for; the first is the default.
+
+    Raises:
+        ValueError: the names of `served_model_name` are not as many as the models, or two are the same.
+    """
+    names = settings.served_model_name or tuple(folders)
+    if len(names) != len(folders):
+        raise ValueError(f"{len(names)} served model names for {len(folders)} models: give one for each")
+    started = time.monotonic()
+    cache = Cache(settings.cache_mb * 2**20) if settings.cache_mb else None
+    models = [
+        load(name, id, folder, settings, cache) for name, (id, folder) in zip(names, folders.items(), strict=True)
+    ]
+    series = Series(max(model.served.max_length for model in models))
+    state = State(settings, models, series, Keys(keys, settings.protect_metrics), cache, started=started)
+    for model in models:
+        model.batcher.on_batch = series.batch
+    series.more += _of_models(state)
+    return state
+
+
+def _of_models(state: State) -> list[Gauge]:
+    """Series that are read from the models when somebody asks."""
+    models = state.models
+
+    def counted(key: str, name: str, help: str) -> Gauge:
+        read = lambda: sum(getattr(model.batcher.counters, key) for model in models)  # noqa: E731
+        return Gauge(f"fastbert_{name}_total", help, read, kind="counter")
+
+    def each(name: str, help: str, read: Callable[[Model], float], kind: str = "gauge") -> Gauge:
+        return Gauge(f"fastbert_{name}", help, lambda: {(m.name,): read(m) for m in models}, ["model"], kind)
+
+    def cached(key: str, help: str) -> Gauge:
+        read = lambda: 0 if state.cache is None else getattr(state.cache, key)  # noqa: E731
+        return Gauge(f"fastbert_cache_{key}_total", help, read, kind="counter")
+
+    versions = {(fastbert.__version__, str(m.served.device), m.served.dtype, m.name, m.served.sha or "") for m in models}
+    return [
+        Gauge("te_queue_size", "Requests that wait.", lambda: sum(m.batcher.queue_requests for m in models)),
+        Gauge("fastbert_inflight_requests", "Requests in the house.", lambda: state.inflight),
+        each("queue_tokens", "Tokens that wait.", lambda m: m.batcher.queue_tokens),
+        each("queue_oldest_seconds", "Age of the oldest request that waits.", lambda m: m.batcher.oldest_s),
+        each("batch_padding_ratio", "Share of padding, had batches been padded.", lambda m: m.padding_saved or 0.0),
+        cached("hits", "Inputs that were in the cache."),
+        cached("misses", "Inputs that were not."),
+        counted("deadline_exceeded", "deadline_exceeded", "Requests past their deadline."),
+        counted("overloaded", "overloaded", "Requests refused for want of room."),
+        counted("nonfinite", "nonfinite", "Requests with NaN or infinite outputs."),
+        counted("oom_splits", "oom_splits", "Forward passes split for want of memory."),
+        Gauge("fastbert_build_info", "What is served.", lambda: dict.fromkeys(versions, 1), _BUILD),
+    ]

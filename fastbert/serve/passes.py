@@ -1,0 +1,164 @@
+"""Forward passes: a batch in, what became of each request out. What goes wrong stays with those whom it concerns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from fastbert.packing import PackedBatch, pack
+from fastbert.serve.lanes import Batch, Request
+from fastbert.serve.latency import LatencyModel
+from fastbert.serve.work import ComputeFailed, NonFinite, WorkError
+
+
+class Computes(Protocol):
+    """What is needed of a model; `fastbert.serve.served.Served` is one.
+
+    Attributes:
+        outputs: what it computes, of `fastbert.serve.work.OUTPUTS`.
+        max_length: tokens of the longest sequence.
+        position_offset: position of each sequence's first token.
+        batch_tokens: tokens of a forward pass that its device is good at.
+    """
+
+    outputs: frozenset[str]
+    position_offset: int
+    batch_tokens: int
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest sequence."""
+
+    def compute(
+        self, batch: PackedBatch, outputs: Sequence[str], prompt_lengths: Sequence[int] | None = None
+    ) -> list[np.ndarray]:
+        """One float32 array a sequence."""
+
+
+@dataclass(frozen=True)
+class BatchReport:
+    """A forward pass that was made: `padded_tokens` is what padding to the longest would have computed."""
+
+    sequences: int
+    tokens: int
+    padded_tokens: int
+    compute_s: float
+    predicted_s: float
+
+
+@dataclass
+class Outcome:
+    """What came of a batch: its passes, and the requests that are settled: None = done, else why not."""
+
+    reports: list[BatchReport] = field(default_factory=list)
+    settled: list[tuple[Request, WorkError | None]] = field(default_factory=list)
+    oom_splits: int = 0
+
+
+class Passes:
+    """Runs batches on a model; belongs to one thread.
+
+    Attributes:
+        latency: learns from each pass.
+        memory_tokens: tokens of a pass that fit into memory, as far as is known.
+    """
+
+    def __init__(self, served: Computes, latency: LatencyModel) -> None:
+        self.served = served
+        self.latency = latency
+        self.memory_tokens = float("inf")
+        self._warm = False
+
+    def run(self, batch: Batch) -> Outcome:
+        """Compute a batch."""
+        outcome = Outcome()
+        self._run(batch.parts, outcome)
+        return outcome
+
+    def _run(self, parts: Sequence[tuple[Request, int]], outcome: Outcome) -> None:
+        """Compute parts; where memory does not suffice, the halves of them."""
+        batch = Batch.of([(r, i) for r, i in parts if not (r.failed or r.future.done())])
+        if not batch.parts:
+            return
+        start = monotonic()
+        values = self._forward(batch.parts)
+        seconds = monotonic() - start
+        if not isinstance(values, ComputeFailed):
+            self._learn(batch, seconds, outcome)
+            self._record(batch.parts, values, start, seconds, outcome)
+        elif isinstance(values.__cause__, MemoryError) and len(batch.parts) > 1:
+            outcome.oom_splits += 1
+            self.memory_tokens = max(1.0, min(self.memory_tokens, batch.tokens / 2))
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            middle = len(batch.parts) // 2
+            self._run(batch.parts[:middle], outcome)
+            self._run(batch.parts[middle:], outcome)
+        else:
+            for request in dict.fromkeys(request for request, _ in batch.parts):
+                _fail(request, values, outcome)
+
+    def _forward(self, parts: Sequence[tuple[Request, int]]) -> list[np.ndarray] | ComputeFailed:
+        """The values of parts. An error comes back without its traceback, which would keep the batch's memory."""
+        works = [request.work for request, _ in parts]
+        try:
+            types = None
+            if any(work.type_ids is not None for work in works):
+                types = [[0] * r.lengths[i] if r.work.type_ids is None else r.work.type_ids[i] for r, i in parts]
+            batch = pack([r.work.ids[i] for r, i in parts], types, self.served.position_offset)
+            values = self.served.compute(batch, [w.output for w in works], [w.prompt_length for w in works])
+            if len(values) != len(parts):
+                raise RuntimeError(f"the model returned {len(values)} values for {len(parts)} sequences")
+            return values
+        except Exception as error:
+            failed = ComputeFailed(f"the forward pass failed: {type(error).__name__}: {error}")
+            failed.__cause__ = MemoryError(str(error)) if is_out_of_memory(error) else error.with_traceback(None)
+            return failed
+
+    def _learn(self, batch: Batch, seconds: float, outcome: Outcome) -> None:
+        predicted = self.latency.predict(batch.tokens, batch.squares)
+        if self._warm:  # the first pass packs weights and loads kernels: it is like no other
+            self.latency.observe(batch.tokens, batch.squares, seconds)
+        self._warm = True
+        self.memory_tokens *= 1.01  # what did not fit once may fit later
+        longest = max(request.lengths[i] for request, i in batch.parts)
+        padded = longest * len(batch.parts)
+        outcome.reports.append(BatchReport(len(batch.parts), batch.tokens, padded, seconds, predicted))
+
+    def _record(
+        self,
+        parts: Sequence[tuple[Request, int]],
+        values: Sequence[np.ndarray],
+        start: float,
+        seconds: float,
+        outcome: Outcome,
+    ) -> None:
+        bad: dict[Request, list[int]] = {}
+        for (request, i), value in zip(parts, values, strict=True):
+            request.values[i], request.compute_s[i] = value, seconds
+            request.queue_s[i] = start - request.arrived
+            request.unfinished -= 1
+            if not np.isfinite(value).all():
+                bad.setdefault(request, []).append(i)
+        for request in dict.fromkeys(request for request, _ in parts):
+            if request in bad:
+                _fail(request, NonFinite(bad[request]), outcome)
+            elif not request.unfinished:
+                outcome.settled.append((request, None))
+
+
+def _fail(request: Request, error: WorkError, outcome: Outcome) -> None:
+    request.failed = True
+    outcome.settled.append((request, error))
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory did not suffice; torch says so on a CPU with a plain RuntimeError."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)

@@ -1,0 +1,128 @@
+"""The server's series: TEI's, word for word, and ours beside them."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fastbert.serve.passes import BatchReport
+from fastbert.serve.metrics import DURATION_BUCKETS, LATENCY_BUCKETS, Counter, Gauge, Histogram, Metric, render
+
+STAGES = ("parse", "tokenize", "queue", "compute", "serialize")
+_WINDOW = 4096  # requests that the rolling numbers of the status page look back on
+_PERCENTILES = ("p50", "p90", "p95", "p99")
+_TIMED = ("", "_tokenization", "_queue", "_inference")
+
+
+def _durations(name: str, what: str) -> list[Histogram]:
+    words = ("in all", "of tokenisation", "in the queue", "of the forward pass")
+    return [
+        Histogram(f"te_{name}{part}_duration", f"Seconds {word}, {what}.", DURATION_BUCKETS)
+        for part, word in zip(_TIMED, words, strict=True)
+    ]
+
+
+class Series:
+    """All series, and the rolling window of the status page."""
+
+    def __init__(self, max_input_length: int) -> None:
+        powers = [float(2**k) for k in range(21)]
+        self.request_count = Counter("te_request_count", "Requests.", ["method"])
+        self.request_success = Counter("te_request_success", "Requests answered.", ["method"])
+        self.request_failure = Counter("te_request_failure", "Requests failed, by reason.", ["err"])
+        self.request_durations = _durations("request", "of a request")
+        self.input_length = Histogram(
+            "te_request_input_length", "Tokens of an input.", [n for n in powers[:20] if n <= max_input_length]
+        )
+        self.inputs = {
+            kind: (
+                Counter(f"te_{kind}_count", "Inputs."),
+                Counter(f"te_{kind}_success", "Inputs answered."),
+                _durations(kind, "of an input"),
+            )
+            for kind in ("embed", "predict")
+        }
+        self.batch_size = Histogram("te_batch_next_size", "Inputs of a forward pass.", powers[:13])
+        self.batch_tokens = Histogram("te_batch_next_tokens", "Tokens of a forward pass.", powers)
+        self.stages = Histogram("fastbert_stage_seconds", "Seconds of a request by stage.", LATENCY_BUCKETS, ["stage"])
+        self.tokens = Counter("fastbert_tokens_total", "Tokens computed: those of inputs, and padding, of which there is none.", ["kind"])
+        self.truncated = Counter("fastbert_truncated_inputs_total", "Inputs that were cut.")
+        self.cancelled = Counter("fastbert_cancelled_total", "Requests whose client left.")
+        self.responses = Counter("fastbert_responses_total", "Answers by status.", ["status"])
+        self.rss = Gauge("fastbert_process_rss_bytes", "Resident memory.", resident_bytes)
+        self.cpu = Gauge("fastbert_process_cpu_seconds", "CPU time of the process.", time.process_time)
+        self.tokens.add(0, "real")
+        self.tokens.add(0, "padded")
+        self.more: list[Metric] = []
+        self.window: deque[tuple[float, float, int]] = deque(maxlen=_WINDOW)
+
+    def all(self) -> list[Metric]:
+        """Every series, in the order of the text."""
+        inputs: list[Metric] = []
+        for count, success, durations in self.inputs.values():
+            inputs += [count, success, *durations]
+        return [
+            self.request_count, self.request_success, self.request_failure, *self.request_durations, self.input_length,
+            *inputs, self.batch_size, self.batch_tokens, self.stages, self.tokens, self.truncated, self.cancelled, self.responses, self.rss, self.cpu, *self.more,
+        ]  # fmt: skip
+
+    def batch(self, report: BatchReport) -> None:
+        """Count a forward pass."""
+        self.batch_size.observe(report.sequences)
+        self.batch_tokens.observe(report.tokens)
+
+    def text(self) -> bytes:
+        """What `/metrics` answers."""
+        return render(self.all())
+
+    def answered(
+        self, kind: str, method: str, total_s: float, lengths: Sequence[int], tokenize_s: float,
+        queue_s: Sequence[float], compute_s: Sequence[float],
+    ) -> None:  # fmt: skip
+        """Count a request whose inputs were all computed; the times of the inputs are averaged, as TEI does."""
+        n = len(lengths)
+        mean = (total_s, tokenize_s, sum(queue_s) / n, sum(compute_s) / n)
+        self.request_success.add(1, method)
+        for histogram, value in zip(self.request_durations, mean, strict=True):
+            histogram.observe(value)
+        _, success, durations = self.inputs[kind]
+        success.add(n)
+        for histogram, value in zip(durations, mean, strict=True):
+            histogram.observe(value, times=n)
+        for length in lengths:
+            self.input_length.observe(length)
+        tokens = sum(lengths)
+        self.tokens.add(tokens, "real")
+        self.window.append((time.monotonic(), total_s, tokens))
+
+    def rolling(self, seconds: float = 60.0) -> dict[str, Any]:
+        """Latency percentiles, requests and tokens per second of the last `seconds`, at most 4096 requests."""
+        now = time.monotonic()
+        recent = [row for row in self.window if now - row[0] <= seconds]
+        if not recent:
+            return {"requests": 0, "requests_per_s": 0.0, "tokens_per_s": 0.0, "latency_ms": dict.fromkeys(_PERCENTILES)}
+        span = seconds if len(recent) < _WINDOW else max(now - recent[0][0], 1e-3)
+        latency = np.percentile([row[1] * 1e3 for row in recent], [50, 90, 95, 99])
+        return {
+            "requests": len(recent),
+            "requests_per_s": len(recent) / span,
+            "tokens_per_s": sum(row[2] for row in recent) / span,
+            "latency_ms": dict(zip(_PERCENTILES, latency.tolist(), strict=True)),
+        }
+
+
+def resident_bytes() -> float:
+    """Resident memory of this process; where the system does not say the present one, the greatest so far."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024

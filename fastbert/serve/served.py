@@ -1,0 +1,249 @@
+"""A loaded model of any kind: token ids of a packed batch in, for each sequence the array that was asked for out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastbert.embedder import Embedder, position_limit, resolve_dtype
+from fastbert.hub import resolve
+from fastbert.machine import cpu
+from fastbert.models.auto import (
+    AutoClass,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+from fastbert.models.encoder import EncoderModel
+from fastbert.models.quantize import quantize_int8
+from fastbert.packing import PackedBatch
+from fastbert.pooling import Pooling
+from fastbert.serve import readouts
+from fastbert.serve.kinds import Kind, kind_of
+from fastbert.serve.readouts import Readout
+from fastbert.tokenizer import Tokenizer
+from fastbert.weights import read_json
+
+_HEADS: dict[str, type[AutoClass]] = {
+    "classifier": AutoModelForSequenceClassification,
+    "reranker": AutoModelForSequenceClassification,
+    "token-classification": AutoModelForTokenClassification,
+    "fill-mask": AutoModelForMaskedLM,
+    "splade": AutoModelForMaskedLM,
+}
+_TOKENS_PER_THREAD, _TOKENS_PER_GPU = 1024, 16384
+
+
+class Served:
+    """A model that is served. `compute` belongs to one thread at a time; all else may be read from any.
+
+    Attributes:
+        kind: `embedding`, `splade`, `classifier`, `reranker`, `token-classification` or `fill-mask`.
+        base: the encoder.
+        tokenizer: its tokenizer.
+        outputs: what `compute` gives, of `fastbert.serve.work.OUTPUTS`.
+        dimension: numbers of a vector: features, words of the vocabulary for `splade`, None for the other kinds.
+        pooling: `cls`, `mean`, `last_token`, ..., `splade`, or None.
+        prompts, default_prompt_name: of a sentence-transformers folder.
+        id2label: names of a classifier's columns.
+        mask_id: id of the mask token, or None.
+        dtype: `float32`, `bfloat16`, `float16` or `int8`.
+        sha: commit on the hub, where the folder is a snapshot of it.
+        num_threads: of a forward pass on a CPU.
+        batch_tokens: tokens of a forward pass that its device is good at.
+        embedder: of the kind `embedding`.
+    """
+
+    def __init__(
+        self,
+        kind: Kind,
+        model: Any,
+        tokenizer: Tokenizer,
+        dtype: str,
+        *,
+        embedder: Embedder | None = None,
+        num_threads: int | None = None,
+        sha: str | None = None,
+    ) -> None:
+        self.kind, self.tokenizer, self.dtype, self.sha, self.embedder = kind.name, tokenizer, dtype, sha, embedder
+        self._model = model
+        self.base: EncoderModel = model.base_model if embedder is None else model
+        self.num_threads = default_threads() if num_threads is None else num_threads
+        vocab_size = self.base.config.vocab_size
+        if tokenizer.num_ids > vocab_size:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.num_ids} ids but the model's vocab_size is {vocab_size}: "
+                "they do not belong together"
+            )
+        self.mask_id = _mask_id(tokenizer)
+        self.id2label: Mapping[int, str] = model.config.id2label if kind.name in _HEADS else {}
+        self.prompts: Mapping[str, str] = {} if embedder is None else embedder.prompts
+        self.default_prompt_name = None if embedder is None else embedder.default_prompt_name
+        self._readouts = _readouts(kind, model, embedder, self.mask_id)
+        self.outputs = frozenset(self._readouts)
+        self.pooling: str | None = None
+        self.dimension: int | None = None
+        if embedder is not None:
+            self.dimension = embedder.get_embedding_dimension()
+            self.pooling = "+".join(embedder.pooling.modes).replace("lasttoken", "last_token")
+        elif kind.name == "splade":
+            self.dimension, self.pooling = vocab_size, "splade"
+        on_cpu = self.device.type == "cpu"
+        self.batch_tokens = _TOKENS_PER_THREAD * self.num_threads if on_cpu else _TOKENS_PER_GPU
+
+    @classmethod
+    def load(
+        cls,
+        name: str | os.PathLike[str],
+        *,
+        dtype: str = "auto",
+        device: torch.device | str | None = None,
+        num_threads: int | None = None,
+        max_seq_length: int | None = None,
+        pooling: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+    ) -> Served:
+        """Load a model of the kind that its files say.
+
+        Args:
+            name: a folder or a hub id; see `fastbert.hub.resolve` for where it is looked for.
+            dtype, device: as in `Embedder.from_pretrained`.
+            num_threads: threads of a CPU forward pass; None = what affinity, control groups and torch's setting allow.
+            max_seq_length: tokens an input; None = as the model's files say.
+            pooling: instead of what the files say; see `fastbert.serve.kinds.kind_of`.
+            revision, cache_dir, token, local_files_only: as in `huggingface_hub.snapshot_download`.
+
+        Raises:
+            FileNotFoundError: no such model, or a file is missing in its folder.
+            ValueError: a corrupt file, a model that is not served, or an option that does not fit.
+        """
+        root = resolve(name, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only)
+        kind = kind_of(root, pooling)
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = resolve_dtype(dtype, device)
+        sha = root.name if root.parent.name == "snapshots" else None
+        if kind.name == "embedding":
+            embedder = Embedder.from_pretrained(root, dtype, device, max_seq_length=max_seq_length)
+            if kind.pooling is not None:
+                embedder.pooling = Pooling((kind.pooling,), embedder.pooling.include_prompt)
+            return cls(
+                kind, embedder.model, embedder.tokenizer, dtype, embedder=embedder, num_threads=num_threads, sha=sha
+            )
+        family = _HEADS[kind.name].class_of(read_json(kind.transformer / "config.json").get("model_type"))
+        model = family.from_pretrained(kind.transformer, dtype="float32" if dtype == "int8" else dtype, device=device)
+        limit = position_limit(model.base_model)
+        declared = None if kind.max_length is None else min(kind.max_length, limit)
+        length = declared if max_seq_length is None else max_seq_length
+        tokenizer = Tokenizer.from_folder(kind.transformer, limit, length)
+        if dtype == "int8":
+            quantize_int8(model.base_model)
+        return cls(kind, model, tokenizer, dtype, num_threads=num_threads, sha=sha)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.base.device
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of an input, special ones included."""
+        return self.tokenizer.max_length
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the greatest token id that an input may have."""
+        return self.base.config.vocab_size
+
+    @property
+    def position_offset(self) -> int:
+        """Position of each input's first token."""
+        return self.base.position_offset
+
+    @cached_property
+    def fingerprint(self) -> bytes:
+        """Hash of all weights and of what makes outputs of them: two models with the same one answer alike."""
+        digest = blake2b(digest_size=16)
+        modules = [self._model] if self.embedder is None else [self._model, self.embedder.modules]
+        made = [self.kind, self.dtype, self.pooling, self.dimension, self.device.type, self.base.config.to_dict()]
+        digest.update(repr(made).encode())
+        for module in modules:
+            for name, tensor in module.state_dict().items():
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.digest()
+
+    @torch.inference_mode()
+    def compute(
+        self, batch: PackedBatch, outputs: Sequence[str], prompt_lengths: Sequence[int] | None = None
+    ) -> list[np.ndarray]:
+        """One forward pass.
+
+        In fp32 on a CPU a sequence's values are the same bits whatever it is batched with, and vectors are those of
+        `Embedder.encode`.
+
+        Args:
+            batch: S sequences, on the CPU.
+            outputs: what each of them is computed for, of `self.outputs`.
+            prompt_lengths: leading tokens of each that belong to a prompt; None = 0.
+
+        Returns:
+            S float32 arrays; see `fastbert.serve.work.Work` for their shapes.
+        """
+        if self.device.type == "cpu" and torch.get_num_threads() != self.num_threads:
+            torch.set_num_threads(self.num_threads)  # OpenMP keeps the number by thread
+        if self.device.type != "cpu":
+            batch = batch.to(self.device, non_blocking=True)
+        encoded = self.base.encode_packed(batch)
+        lengths = [0] * len(outputs) if prompt_lengths is None else prompt_lengths
+        values: list[Any] = [None] * len(outputs)
+        for output in dict.fromkeys(outputs):
+            rows = [i for i, wanted in enumerate(outputs) if wanted == output]
+            for row, value in zip(rows, self._readouts[output](encoded, rows, lengths), strict=True):
+                values[row] = value.float().cpu().numpy()
+        return values
+
+    @property
+    def skips_prompt(self) -> bool:
+        """Whether vectors leave out the tokens of a prompt."""
+        return self.embedder is not None and not self.embedder.pooling.include_prompt
+
+    def execution_plan(self) -> str:
+        """What a forward pass runs on."""
+        return self.base.execution_plan()
+
+
+def default_threads() -> int:
+    """Threads of a CPU forward pass: torch's setting (physical cores, `OMP_NUM_THREADS`), no more than are allotted."""
+    return min(torch.get_num_threads(), cpu().usable)
+
+
+def _readouts(kind: Kind, model: Any, embedder: Embedder | None, mask_id: int | None) -> dict[str, Readout]:
+    found: dict[str, Readout] = {"tokens": readouts.tokens}
+    if embedder is not None:
+        found["vectors"] = readouts.vectors(embedder)
+    elif kind.name in ("classifier", "reranker"):
+        found["logits"] = readouts.sequence_logits(model)
+    elif kind.name == "token-classification":
+        found["logits"] = readouts.token_logits(model)
+    elif kind.name == "splade":
+        assert kind.splade is not None
+        found["sparse"] = readouts.sparse(model, kind.splade)
+    if kind.name in ("fill-mask", "splade") and mask_id is not None:
+        found["mask"] = readouts.mask_logits(model, mask_id)
+    return found
+
+
+def _mask_id(tokenizer: Tokenizer) -> int | None:
+    token = tokenizer.config.get("mask_token")
+    named = token.get("content") if isinstance(token, Mapping) else token
+    ids = (tokenizer.backend.token_to_id(t) for t in (named, "[MASK]", "<mask>") if isinstance(t, str))
+    return next((i for i in ids if i is not None), None)

@@ -1,0 +1,129 @@
+"""The process: uvicorn, signals, and an end that loses no accepted request."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import threading
+import time
+from collections.abc import Generator
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import uvicorn
+
+from fastbert.serve.app import build_app
+from fastbert.serve.connection import Connection
+from fastbert.serve.state import State
+
+if TYPE_CHECKING:
+    from fastbert.serve.tracing import Tracer
+
+logger = logging.getLogger("fastbert.serve")
+
+_LINGER_S = 0.25  # for requests that are on their way when the door is closed
+_LOCAL = ("127.0.0.1", "::1", "localhost")
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server that drains: on SIGTERM `/ready` turns to 503 while everything is still served for
+    `drain_grace_s`; then the door closes, what was accepted is answered, at most for `drain_timeout_s`. A second signal
+    ends it at once.
+    """
+
+    def __init__(self, state: State, tracer: Tracer | None = None) -> None:
+        settings = state.settings
+        Connection.header_timeout_s = settings.header_timeout_s
+        Connection.write_timeout_s = settings.write_timeout_s
+        self.state = state
+        self.clean = True
+        super().__init__(
+            uvicorn.Config(
+                build_app(state, tracer),
+                host=settings.host,
+                port=settings.port,
+                uds=None if settings.uds_path is None else str(settings.uds_path),
+                http=Connection,
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                backlog=2048,
+                timeout_keep_alive=settings.keep_alive_s,  # type: ignore[arg-type]
+                timeout_graceful_shutdown=settings.drain_timeout_s,  # type: ignore[arg-type]
+                ssl_certfile=settings.ssl_certfile,
+                ssl_keyfile=settings.ssl_keyfile,
+            )
+        )
+
+    @property
+    def address(self) -> str:
+        """Where the server listens, once it does: a URL, or a socket's path."""
+        if self.config.uds:
+            return self.config.uds
+        name = self.servers[0].sockets[0].getsockname()
+        host = f"[{name[0]}]" if ":" in name[0] else name[0]
+        return f"{'https' if self.config.is_ssl else 'http'}://{host}:{name[1]}"
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and say so."""
+        await super().startup(sockets)
+        settings = self.state.settings
+        names = ", ".join(model.name for model in self.state.models)
+        took = time.monotonic() - self.state.started
+        logger.info("%s ready at %s after %.1f s", names, self.address, took)
+        if not self.state.keys and not settings.uds_path and settings.host not in _LOCAL:
+            logger.warning("open to everybody who reaches %s: no --api-key, and not only local", settings.host)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve on for the grace, close the door, finish what came in."""
+        self.state.phase = "draining"
+        grace = self.state.settings.drain_grace_s
+        logger.info("draining: %d requests in the house, closing in %g s", self.state.inflight, grace)
+        end = time.monotonic() + grace
+        while time.monotonic() < end and not self.force_exit:
+            await asyncio.sleep(0.05)
+        for server in self.servers:
+            server.close()
+        await asyncio.sleep(0 if self.force_exit else _LINGER_S)
+        await super().shutdown(sockets)
+        self.clean = not self.server_state.tasks
+        logger.info("stopped" if self.clean else "stopped with requests unanswered")
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A first signal begins the draining, a second one ends it."""
+        if self.should_exit:
+            self.force_exit = True
+        self.state.phase = "draining"
+        self.should_exit = True
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """uvicorn's, without raising the signal again at the end: a drained server exits with 0."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        handled = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self.handle_exit) for number in handled}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def serve(state: State) -> bool:
+    """Run until a signal; whether every accepted request was answered."""
+    settings = state.settings
+    tracer = None
+    if settings.otlp_endpoint is not None:
+        from fastbert.serve.tracing import Tracer
+
+        tracer = Tracer.to(settings.otlp_endpoint, settings.otlp_service_name)
+    server = Server(state, tracer)
+    server.run()
+    return server.clean

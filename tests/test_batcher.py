@@ -1,0 +1,605 @@
+"""The queue in front of a model: order, budgets, refusals, failures; with a model that the tests hold and release."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastbert.serve.batcher import Batcher
+from fastbert.serve.cache import Cache, CachedBatcher
+from fastbert.serve.lanes import Lanes, Request
+from fastbert.serve.latency import LatencyModel
+from fastbert.serve.pace import Pace
+from fastbert.serve.work import (
+    ComputeFailed,
+    DeadlineExceeded,
+    Draining,
+    NonFinite,
+    Overloaded,
+    Work,
+)
+
+NAN, BROKEN = 998, 999  # token ids that make the model below answer NaN, and raise
+
+
+def value_of(ids):
+    """What the model below computes of a sequence."""
+    return np.array([sum(ids), len(ids), ids[0], ids[-1]], dtype=np.float32)
+
+
+class Model:
+    """Computes sums of ids. While `gate` is clear it stands still inside a forward pass; `entered` counts passes."""
+
+    outputs = frozenset({"vectors"})
+    position_offset = 0
+    batch_tokens = 32
+    max_length = 64
+
+    def __init__(self, memory_tokens=10**9):
+        self.memory_tokens = memory_tokens
+        self.gate, self.entered = threading.Event(), threading.Semaphore(0)
+        self.gate.set()
+        self.batches: list[list[list[int]]] = []
+
+    def compute(self, batch, outputs, prompt_lengths=None):
+        self.entered.release()
+        assert self.gate.wait(30)
+        rows = [row.tolist() for row in batch.split(batch.input_ids)]
+        assert len(rows) == len(outputs) == len(prompt_lengths)
+        if batch.num_tokens > self.memory_tokens:
+            raise MemoryError(f"{batch.num_tokens} tokens")
+        self.batches.append(rows)
+        if any(BROKEN in row for row in rows):
+            raise ZeroDivisionError("broken")
+        return [value_of(row) * (np.nan if NAN in row else 1) for row in rows]
+
+    @property
+    def computed(self):
+        return [row for rows in self.batches for row in rows]
+
+    async def inside(self):
+        """Until a forward pass has begun."""
+        assert await asyncio.to_thread(self.entered.acquire, timeout=30)
+
+
+async def settled(tasks):
+    return await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def started(*coroutines):
+    """Tasks that have run up to their first wait."""
+    tasks = [asyncio.ensure_future(c) for c in coroutines]
+    await asyncio.sleep(0)
+    return tasks
+
+
+class Held:
+    """A batcher whose model stands still in a forward pass of the work [[1]]; what is submitted inside waits."""
+
+    def __init__(self, **options):
+        self.model = Model(options.pop("memory_tokens", 10**9))
+        self.options = options
+
+    async def __aenter__(self):
+        self.batcher = Batcher(self.model, **self.options)
+        self.model.gate.clear()
+        (self.first,) = await started(self.batcher.submit(Work([[1]])))
+        await self.model.inside()
+        return self.batcher, self.model
+
+    async def __aexit__(self, *error):
+        self.model.gate.set()
+        await settled([self.first])
+        self.batcher.close()
+
+
+ids_lists = st.lists(st.lists(st.integers(1, 900), min_size=1, max_size=40), min_size=1, max_size=6)
+works = st.lists(st.tuples(ids_lists, st.sampled_from(["interactive", "bulk"])), min_size=1, max_size=12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(works, st.integers(1, 50), st.sampled_from([None, 1, 3]))
+def test_each_gets_its_own_values_in_order_within_the_budget(rows, budget, max_sequences):
+    async def main():
+        async with Held(max_batch_tokens=budget, max_batch_sequences=max_sequences, max_queue_tokens=10**6) as held:
+            batcher, model = held
+            tasks = await started(*(batcher.submit(Work(ids, lane=lane)) for ids, lane in rows))
+            model.gate.set()
+            for (ids, _), task in zip(rows, tasks, strict=True):
+                done = await task
+                assert all(np.array_equal(v, value_of(i)) for v, i in zip(done.values, ids, strict=True))
+                assert done.tokens == sum(map(len, ids))
+                assert len(done.queue_s) == len(done.compute_s) == len(ids)
+                assert min(done.queue_s) >= 0
+                assert min(done.compute_s) > 0
+            assert batcher.queue_tokens == batcher.queue_requests == 0
+            for batch in model.batches:
+                assert sum(map(len, batch)) <= budget or len(batch) == 1
+                assert max_sequences is None or len(batch) <= max_sequences
+            assert sorted(model.computed) == sorted([[1], *(i for ids, _ in rows for i in ids)])
+
+    asyncio.run(main())
+
+
+def test_what_comes_while_one_computes_goes_together():
+    async def main():
+        async with Held() as (batcher, model):
+            tasks = await started(*(batcher.submit(Work([[i]])) for i in range(2, 12)))
+            model.gate.set()
+            await settled(tasks)
+            assert model.batches == [[[1]], [[i] for i in range(2, 12)]]
+            assert (batcher.counters.batches, batcher.counters.sequences, batcher.counters.tokens) == (2, 11, 11)
+
+    asyncio.run(main())
+
+
+def test_padding_saved_is_reported():
+    async def main():
+        reports = []
+        async with Held(on_batch=reports.append) as (batcher, model):
+            tasks = await started(batcher.submit(Work([[2] * 3, [3] * 9])))
+            model.gate.set()
+            await settled(tasks)
+            await asyncio.sleep(0)
+        assert [(r.sequences, r.tokens, r.padded_tokens) for r in reports] == [(1, 1, 1), (2, 12, 18)]
+        assert batcher.counters.padded_tokens == 19
+
+    asyncio.run(main())
+
+
+def test_overload_is_atomic_under_a_thousand_submits():
+    async def main():
+        rng = random.Random(0)
+        async with Held(max_queue_tokens=300) as (batcher, model):
+            rows = [[[2 + i] * rng.randint(1, 9) for _ in range(rng.randint(1, 4))] for i in range(900)]
+            tasks = await started(*(batcher.submit(Work(ids)) for ids in rows))
+            assert batcher.queue_tokens <= 300
+            model.gate.set()
+            results = await settled(tasks)
+        accepted = [ids for ids, r in zip(rows, results, strict=True) if not isinstance(r, Exception)]
+        refused = [r for r in results if isinstance(r, Exception)]
+        assert all(isinstance(r, Overloaded) and 0 < r.retry_after_s < 3600 for r in refused)
+        assert 300 - 36 < sum(len(i) for ids in accepted for i in ids) <= 300
+        assert sorted(model.computed) == sorted([[1], *(i for ids in accepted for i in ids)])
+        assert batcher.counters.overloaded == len(refused) > 0
+
+    asyncio.run(main())
+
+
+def test_work_larger_than_the_queue_is_taken_when_nothing_waits():
+    async def main():
+        model = Model()
+        batcher = Batcher(model, max_queue_tokens=10)
+        done = await batcher.submit(Work([[2] * 30, [3] * 30]))
+        assert [v[0] for v in done.values] == [60, 90]
+        batcher.close()
+
+    asyncio.run(main())
+
+
+def test_a_client_that_left_costs_nothing():
+    async def main():
+        async with Held() as (batcher, model):
+            gone, stays = await started(batcher.submit(Work([[2], [3]])), batcher.submit(Work([[4]])))
+            assert batcher.queue_tokens == 3
+            gone.cancel()
+            await settled([gone])
+            assert (batcher.queue_tokens, batcher.queue_requests, batcher.counters.cancelled) == (1, 1, 1)
+            model.gate.set()
+            await stays
+            assert model.computed == [[1], [4]]
+
+    asyncio.run(main())
+
+
+def test_a_client_that_leaves_in_mid_pass_harms_nobody():
+    async def main():
+        async with Held() as (batcher, model):
+            gone, stays = await started(batcher.submit(Work([[2]] * 40)), batcher.submit(Work([[4]])))
+            model.gate.set()
+            await model.inside()
+            gone.cancel()
+            assert (await stays).values[0][0] == 4
+            assert batcher.queue_tokens == 0
+
+    asyncio.run(main())
+
+
+def test_deadline_answers_at_once_and_is_not_computed():
+    async def main():
+        async with Held() as (batcher, model):
+            with pytest.raises(DeadlineExceeded):
+                await batcher.submit(Work([[2]], deadline=time.monotonic() + 0.01))
+            with pytest.raises(DeadlineExceeded):
+                await batcher.submit(Work([[3]], deadline=time.monotonic() - 1))
+            assert batcher.queue_tokens == 0
+            assert batcher.counters.deadline_exceeded == 2
+            done = asyncio.ensure_future(batcher.submit(Work([[4]], deadline=time.monotonic() + 60)))
+            await asyncio.sleep(0)
+            model.gate.set()
+            assert (await done).values[0][0] == 4
+            assert model.computed == [[1], [4]]
+
+    asyncio.run(main())
+
+
+def test_expired_work_is_dropped_before_dispatch_though_no_timer_fired():
+    async def main():
+        async with Held() as (batcher, model):
+            late, stays = await started(
+                batcher.submit(Work([[2]], deadline=time.monotonic() + 0.01)), batcher.submit(Work([[4]]))
+            )
+            time.sleep(0.05)  # the event loop is busy: its timer cannot fire
+            model.gate.set()
+            assert await asyncio.to_thread(model.entered.acquire, timeout=30)  # both run before the loop's timers do
+            results = await settled([late, stays])
+            assert isinstance(results[0], DeadlineExceeded)
+            assert model.computed == [[1], [4]]
+
+    asyncio.run(main())
+
+
+def test_out_of_memory_splits_and_only_what_never_fits_fails():
+    async def main():
+        async with Held(memory_tokens=8) as (batcher, model):
+            rows = [[[2] * 3, [3] * 5], [[4] * 9], [[5] * 8], [[6]]]
+            tasks = await started(*(batcher.submit(Work(ids)) for ids in rows))
+            model.gate.set()
+            results = await settled(tasks)
+            assert isinstance(results[1], ComputeFailed)
+            assert isinstance(results[1].__cause__, MemoryError)
+            for i in (0, 2, 3):
+                assert all(np.array_equal(v, value_of(r)) for v, r in zip(results[i].values, rows[i], strict=True))
+            assert batcher.counters.oom_splits >= 2
+            assert batcher.batch_tokens < batcher.max_batch_tokens, "the next passes are made smaller"
+
+    asyncio.run(main())
+
+
+def test_a_non_finite_row_fails_alone():
+    async def main():
+        async with Held() as (batcher, model):
+            bad, good = await started(batcher.submit(Work([[2], [NAN], [3]])), batcher.submit(Work([[4]])))
+            model.gate.set()
+            with pytest.raises(NonFinite) as error:
+                await bad
+            assert error.value.rows == [1]
+            assert (await good).values[0][0] == 4
+            assert len(model.batches[1]) == 4, "they were in one pass"
+            assert batcher.counters.nonfinite == 1
+
+    asyncio.run(main())
+
+
+def test_an_exception_fails_its_batch_and_the_thread_lives_on():
+    async def main():
+        async with Held() as (batcher, model):
+            bad = await started(batcher.submit(Work([[BROKEN]])), batcher.submit(Work([[2]] * 31 + [[3]] * 40)))
+            model.gate.set()
+            results = await settled(bad)
+            assert all(isinstance(r, ComputeFailed) and isinstance(r.__cause__, ZeroDivisionError) for r in results)
+            assert batcher.queue_tokens == 0, "the rest of a failed request is not computed"
+            assert [3] not in model.computed
+            assert (await batcher.submit(Work([[5]]))).values[0][0] == 5
+            assert batcher.counters.failed == 2
+
+    asyncio.run(main())
+
+
+def test_drain_finishes_what_was_accepted():
+    async def main():
+        async with Held() as (batcher, model):
+            tasks = await started(*(batcher.submit(Work([[i] * 20])) for i in range(2, 9)))
+            (draining,) = await started(batcher.drain(30))
+            with pytest.raises(Draining):
+                await batcher.submit(Work([[50]]))
+            assert not draining.done()
+            model.gate.set()
+            assert await draining
+            assert [(await t).values[0][2] for t in tasks] == list(range(2, 9))
+
+    asyncio.run(main())
+
+
+def test_drain_gives_up_at_its_deadline():
+    async def main():
+        async with Held() as (batcher, model):
+            (waiting,) = await started(batcher.submit(Work([[2]])))
+            assert not await batcher.drain(0.01)
+            assert isinstance((await settled([waiting]))[0], Draining)
+            model.gate.set()
+        assert [2] not in model.computed
+
+    asyncio.run(main())
+
+
+def test_bad_work_is_refused_with_reasons():
+    with pytest.raises(ValueError, match="output 'poems' is not one of"):
+        Work([[1]], output="poems")
+    with pytest.raises(ValueError, match="lane 'fast' is not one of"):
+        Work([[1]], lane="fast")
+    with pytest.raises(ValueError, match="ids is empty"):
+        Work([])
+    with pytest.raises(ValueError, match=r"ids\[1\] is empty"):
+        Work([[1], []])
+    with pytest.raises(ValueError, match="same lengths"):
+        Work([[1, 2]], [[0]])
+
+    async def main():
+        batcher = Batcher(Model())
+        with pytest.raises(ValueError, match="'logits' is not one of vectors"):
+            await batcher.submit(Work([[1]], output="logits"))
+        with pytest.raises(ValueError, match="65 tokens, the model takes 64"):
+            await batcher.submit(Work([[1] * 65]))
+        batcher.close()
+
+    asyncio.run(main())
+    for options in ({"max_batch_tokens": 0}, {"target_p99_ms": -1.0}, {"max_queue_tokens": 0}, {"bulk_share": 0.0}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            Batcher(Model(), **options)
+
+
+def test_one_event_loop_after_another():
+    model = Model()
+    batcher = Batcher(model)
+    for i in (2, 3):
+        assert asyncio.run(batcher.submit(Work([[i]]))).values[0][0] == i
+    batcher.close()
+
+
+def test_warm_up_computes_short_long_and_full():
+    model = Model()
+    batcher = Batcher(model)
+    asyncio.run(batcher.warm_up())
+    batcher.close()
+    sizes = {(len(batch), len(batch[0])) for batch in model.batches}
+    assert {(1, 8), (1, 64)} <= sizes
+    assert batcher.latency.num_observed == len(model.batches) - 1, "the first pass teaches nothing"
+
+
+# The order, without threads.
+
+
+def request(tokens, lane="interactive", arrived=0.0, deadline=None, sequences=1):
+    work = Work([[1] * tokens] * sequences, lane=lane, deadline=deadline)
+    return Request(work, asyncio.Future(loop=LOOP), arrived)
+
+
+LOOP = asyncio.new_event_loop()
+
+
+def latency(a=1e-3, b=1e-4, c=0.0):
+    model = LatencyModel()
+    model.coefficients, model.num_observed = (a, b, c), 100
+    return model
+
+
+def test_a_long_one_does_not_delay_short_ones_that_come_soon_after_and_is_not_passed_for_ever():
+    lanes, model = Lanes(), latency()
+    long = request(64, arrived=0.0)  # 6.4 ms: overtaken by what comes within four times as long
+    soon, later = request(1, arrived=0.020), request(1, arrived=0.030)
+    for r in (long, soon, later):
+        lanes.add(r, model)
+    order = [part[0] for _ in range(3) for part in lanes.take(1, 1, model).parts]
+    assert order == [soon, long, later]
+
+
+def test_an_urgent_deadline_goes_first():
+    lanes, model = Lanes(), latency()
+    calm, urgent = request(4, arrived=0.0), request(4, arrived=0.0001, deadline=0.0005)
+    lanes.add(calm, model)
+    lanes.add(urgent, model)
+    assert lanes.take(4, None, model).parts == [(urgent, 0)]
+
+
+def test_a_gap_in_the_budget_is_filled_from_behind():
+    lanes, model = Lanes(), latency()
+    rows = [request(n, arrived=i) for i, n in enumerate([10, 30, 10, 10])]
+    for r in rows:
+        lanes.add(r, model)
+    assert [p[0] for p in lanes.take(32, None, model).parts] == [rows[0], rows[2], rows[3]]
+    assert [p[0] for p in lanes.take(32, None, model).parts] == [rows[1]]
+
+
+def share_of_bulk(bulk_share, tokens=32, bulk_tokens=16):
+    """Share of the time that bulk gets while interactive work never ends."""
+    lanes, model = Lanes(bulk_share), latency()
+    spent = {"interactive": 0.0, "bulk": 0.0}
+    for i in range(400):
+        while sum(1 for r in lanes if r.work.lane == "interactive") < 8:
+            lanes.add(request(tokens, arrived=i), model)
+        if not any(r.work.lane == "bulk" for r in lanes):
+            lanes.add(request(bulk_tokens, "bulk", arrived=i, sequences=20), model)
+        for r, place in lanes.take(128, None, model).parts:
+            spent[r.work.lane] += model.marginal(r.lengths[place], 0)
+    return spent["bulk"] / sum(spent.values())
+
+
+@pytest.mark.parametrize("bulk_tokens", [4, 16, 60, 200])  # 200: more than the budget, goes alone
+def test_bulk_gets_its_share_and_no_more_while_interactive_work_waits(bulk_tokens):
+    assert share_of_bulk(0.2, bulk_tokens=bulk_tokens) == pytest.approx(0.2, abs=0.06)
+    assert share_of_bulk(0.5, bulk_tokens=bulk_tokens) > 0.35, "mutant: a fixed share"
+
+
+def test_interactive_goes_before_bulk_that_came_first():
+    lanes, model = Lanes(), latency()
+    bulk = request(8, "bulk", arrived=0.0, sequences=50)
+    lanes.add(bulk, model)
+    assert lanes.take(32, None, model).parts == [(bulk, i) for i in range(4)], "alone it has the whole budget"
+    interactive = request(8, arrived=9.0)
+    lanes.add(interactive, model)
+    assert lanes.take(32, None, model).parts == [(interactive, 0)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.integers(1, 5), st.sampled_from(["interactive", "bulk"]), st.booleans())),
+    st.integers(1, 64),
+)
+def test_lanes_lose_and_repeat_nothing(rows, budget):
+    lanes, model = Lanes(), latency()
+    added, taken = [], []
+    for i, (tokens, sequences, lane, leaves) in enumerate(rows):
+        r = request(tokens, lane, arrived=i / 1000, sequences=sequences)
+        lanes.add(r, model)
+        if leaves:
+            lanes.remove(r)
+            lanes.remove(r)
+        else:
+            added += [(r, place) for place in range(sequences)]
+    while lanes.tokens:
+        batch = lanes.take(budget, None, model)
+        assert batch.parts, "something always goes"
+        assert batch.tokens <= budget or len(batch.parts) == 1
+        taken += batch.parts
+    assert len(lanes) == lanes.squares == 0
+    assert sorted(taken, key=lambda p: (id(p[0]), p[1])) == sorted(added, key=lambda p: (id(p[0]), p[1]))
+
+
+# What passes take.
+
+
+def observed(truth, seed=0, noise=0.05, n=300):
+    rng = np.random.default_rng(seed)
+    model = LatencyModel()
+    for _ in range(n):
+        lengths = rng.integers(4, 300, rng.integers(1, 30))
+        tokens, squares = int(lengths.sum()), int((lengths**2).sum())
+        seconds = truth[0] + truth[1] * tokens + truth[2] * squares
+        model.observe(tokens, squares, seconds * rng.lognormal(0, noise))
+    return model
+
+
+def worst_error(model, truth):
+    shapes = [(8, 64), (64, 64**2), (2000, 2000 * 20), (2000, 2000 * 200)]
+    exact = [truth[0] + truth[1] * t + truth[2] * s for t, s in shapes]
+    return max(abs(model.predict(t, s) / e - 1) for (t, s), e in zip(shapes, exact, strict=True))
+
+
+def test_latency_model_finds_the_three_terms():
+    for seed, truth in enumerate([(2e-3, 5e-5, 1e-7), (5e-3, 1e-3, 0.0), (1e-2, 1e-6, 1e-8)]):
+        model = observed(truth, seed, noise=0.02)
+        assert min(model.coefficients) >= 0
+        assert worst_error(model, truth) < 0.15
+        mutant = observed(truth, seed, noise=0.02)
+        mutant.coefficients = (0.0, *mutant.coefficients[1:])
+        assert worst_error(mutant, truth) > 0.15, "without a launch term"
+
+
+def test_latency_model_follows_a_machine_that_slows_down():
+    model = observed((1e-3, 1e-4, 0.0))
+    for _ in range(150):
+        model.observe(100, 100 * 50, 3 * (1e-3 + 1e-2))
+    assert model.predict(100, 5000) == pytest.approx(3.3e-2, rel=0.1)
+
+
+def test_one_hiccup_does_not_count():
+    model = observed((1e-3, 1e-4, 0.0))
+    before = model.predict(2000, 400_000)
+    model.observe(2000, 400_000, 10.0)
+    assert model.predict(2000, 400_000) == pytest.approx(before, rel=0.1)
+
+
+def test_budget_from_a_target():
+    truth = (2e-3, 5e-5, 1e-7)
+    model = observed(truth, noise=0.1)
+    assert 1.1 < model.spread < 1.5, "99 in 100 of a tenth's noise"
+    tokens = model.tokens_within(0.025)
+    length = 200  # squares a token in `observed`, roughly
+    seconds = truth[0] + (truth[1] + truth[2] * length) * tokens
+    assert 0.6 * 0.025 < seconds * model.spread < 1.2 * 0.025
+    batcher = Batcher(Model(), max_batch_tokens=10**6, target_p99_ms=50.0)
+    assert batcher.batch_tokens == 10**6, "nothing is known yet"
+    batcher.latency = model
+    assert batcher.batch_tokens == tokens
+    batcher.close()
+
+
+@pytest.mark.parametrize(
+    ("launch", "gap", "deadline", "waits"),
+    [(10e-3, 1e-3, None, True), (1e-3, 1e-3, None, False), (10e-3, 20e-3, None, False), (10e-3, 1e-3, 0.011, False)],
+    ids=["pays", "cheap launch", "nobody comes", "too late"],
+)
+def test_waits_for_company_only_where_it_pays(launch, gap, deadline, waits):
+    lanes, pace, model = Lanes(), Pace(), latency(a=launch)
+    for i in range(200):
+        pace.arrived((i - 199) * gap)
+    lanes.add(request(4, arrived=0.0, deadline=deadline), model)
+    assert (pace.pause_s(lanes, 32, model, 0.0) > 0) is waits
+    assert pace.pause_s(lanes, 4, model, 0.0) == 0, "a full batch does not wait"
+    assert pace.pause_s(lanes, 32, model, 2 * launch) == 0, "nobody waits for longer than the launch"
+    assert pace.pause_s(lanes, 32, LatencyModel(), 0.0) == 0, "nothing is known yet"
+
+
+# Repeats.
+
+
+class Counting:
+    """A batcher that computes at once and keeps what it was asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    async def submit(self, work):
+        batcher = Batcher(Model())
+        self.asked += map(list, work.ids)
+        done = await batcher.submit(work)
+        batcher.close()
+        return done
+
+
+def test_cache_answers_exact_repeats():
+    async def main():
+        inner, cache = Counting(), Cache(10**6)
+        cached = CachedBatcher(inner, b"model", cache)
+        rows = [[2, 3], [4], [2, 3], [5]]
+        first = await cached.submit(Work(rows))
+        assert inner.asked == [[2, 3], [4], [5]], "equal inputs are computed once"
+        again = await cached.submit(Work([[5], [6], [4]]))
+        assert inner.asked == [[2, 3], [4], [5], [6]]
+        for done, asked in ((first, rows), (again, [[5], [6], [4]])):
+            assert all(np.array_equal(v, value_of(i)) for v, i in zip(done.values, asked, strict=True))
+        assert (cache.hits, cache.misses) == (2, 4)
+        assert again.compute_s[0] == 0 < again.compute_s[1]
+        with pytest.raises(ValueError, match="read-only"):
+            again.values[0][0] = 7
+
+    asyncio.run(main())
+
+
+def test_cache_tells_apart_what_differs():
+    cached, other = CachedBatcher(Counting(), b"a", Cache(1)), CachedBatcher(Counting(), b"b", Cache(1))
+    work = Work([[1, 2, 3, 4]])
+    works = [
+        work, replace(work, output="tokens"), replace(work, prompt_length=1), replace(work, type_ids=[[0, 0, 1, 1]]),
+        Work([[1, 2, 3, 5]]), Work([[1, 2, 3]]), Work([[1, 2]], [[3, 4]]),
+    ]  # fmt: skip
+    keys = [cached.key(w, 0) for w in works] + [other.key(work, 0)]
+    assert len(set(keys)) == len(keys)
+    assert cached.key(replace(work, type_ids=[[0] * 4]), 0) == cached.key(work, 0), "all 0 is what None means"
+    assert cached.key(replace(work, lane="bulk", deadline=1.0), 0) == cached.key(work, 0)
+
+
+def test_cache_keeps_within_its_bytes_and_forgets_the_oldest():
+    cache = Cache(10 * (300 + 400))
+    for i in range(10):
+        cache.put(b"%d" % i, np.full(100, i, np.float32))
+    assert len(cache) == 10
+    assert cache.get(b"0") is not None
+    cache.put(b"new", np.zeros(100, np.float32))
+    assert cache.get(b"0") is not None
+    assert cache.get(b"1") is None
+    cache.put(b"huge", np.zeros(10**5, np.float32))
+    assert cache.get(b"huge") is None
+    assert len(cache) == 10
+    assert cache.nbytes == 10 * 700
+    with pytest.raises(ValueError, match="max_bytes must be at least 1"):
+        Cache(0)
