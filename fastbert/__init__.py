@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from fastbert.ops import use_backend
     from fastbert.packing import PackedBatch, pack, pack_padded
     from fastbert.swap import FastbertFallbackWarning, accelerate, accelerated, restore
+    from fastbert.train.finetune import finetune
+    from fastbert.train.pretrain import pretrain
+    from fastbert.train.finetune import finetune
 
 __version__ = "0.1.0"
 
@@ -25,8 +28,11 @@ _HOMES = {
     "PackedBatch": "packing",
     "accelerate": "swap",
     "accelerated": "swap",
+    "finetune": "train.finetune",
+    "finetune": "train.finetune",
     "pack": "packing",
     "pack_padded": "packing",
+    "pretrain": "train.pretrain",
     "restore": "swap",
     "use_backend": "ops",
     "use_engine": "engine",
@@ -38,8 +44,11 @@ __all__ = [
     "PackedBatch",
     "accelerate",
     "accelerated",
+    "finetune",
+    "finetune",
     "pack",
     "pack_padded",
+    "pretrain",
     "restore",
     "use_backend",
     "use_engine",
