@@ -1,7 +1,8 @@
 """`python -m benchmarks.fuzz`: thousands of strange requests. No answer may be 5xx, late or missing.
 
 Half of them schemathesis makes from the server's own OpenAPI document; half are bytes that are not what they say they
-are: broken JSON, broken HTTP. In between, an ordinary request must still get the vectors it got at first.
+are: broken JSON, broken HTTP. In between, an ordinary request must still get the vectors it got at first. Needs
+`pip install schemathesis`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
+from itertools import count
+from typing import Any
+
+import hypothesis
+import requests
+import schemathesis
+from hypothesis import HealthCheck
 
 from benchmarks import load, servers
 from benchmarks.server import MODEL_NAME
@@ -148,63 +157,68 @@ def _whole(received: bytes) -> bool:
 
 def schema_cases(server: servers.Server, seed: int) -> Iterator[tuple[str, Callable[[], int | str]]]:
     """Requests that schemathesis makes from the OpenAPI document, without end, one operation after the other."""
-    import hypothesis
-    import requests
-    import schemathesis
-
     schema = schemathesis.openapi.from_url(server.url("/openapi.json"))
     operations = [result.ok() for result in schema.get_all_operations()]
-    for turn in range(1_000_000):
+    modes = list(schemathesis.GenerationMode)  # what the schema allows, and what it forbids
+    for turn in count():
         for operation in operations:
-            made = []
-
-            @hypothesis.settings(
-                max_examples=25, database=None, deadline=None, suppress_health_check=list(hypothesis.HealthCheck)
-            )
-            @hypothesis.seed(seed + turn)
-            @hypothesis.given(case=operation.as_strategy(generation_mode=list(schemathesis.GenerationMode)[turn % 2]))
-            def collect(case: schemathesis.Case, made: list[schemathesis.Case] = made) -> None:
-                made.append(case)
-
-            try:
-                collect()
-            except hypothesis.errors.Unsatisfiable:
-                continue  # an operation without parameters has nothing to get wrong
-            for case in made:
-
-                def send(case: schemathesis.Case = case) -> int | str:
-                    try:
-                        return case.call(timeout=PATIENCE_S).status_code
-                    except requests.Timeout:
-                        return "hung"
-                    except (requests.RequestException, ValueError, UnicodeError):
-                        return "unsendable"  # a header or a path that no client can write
-
-                yield f"{case.method} {case.formatted_path} {case.headers or ''} {case.body!r:.300}", send
+            for case in examples(operation, modes[turn % len(modes)], seed + turn):
+                yield (
+                    f"{case.method} {case.formatted_path} {case.headers or ''} {case.body!r:.300}",
+                    partial(send, case),
+                )
 
 
-def fuzz(server: servers.Server, requests: int, seed: int, fraction_from_schema: float) -> Tally:
+def examples(operation: Any, mode: Any, seed: int) -> list[Any]:
+    """Some requests of one operation."""
+    made: list[Any] = []
+
+    @hypothesis.settings(max_examples=25, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+    @hypothesis.seed(seed)
+    @hypothesis.given(operation.as_strategy(generation_mode=mode))
+    def collect(case: Any) -> None:
+        made.append(case)
+
+    with suppress(hypothesis.errors.Unsatisfiable):  # an operation that takes nothing has nothing to get wrong
+        collect()
+    return made
+
+
+def send(case: Any) -> int | str:
+    """The status of the answer, or what came instead."""
+    try:
+        status: int = case.call(timeout=PATIENCE_S).status_code
+        return status
+    except requests.Timeout:
+        return "hung"
+    except requests.ConnectionError:
+        return "closed"
+    except (requests.RequestException, ValueError):
+        return "unsendable"  # a header or a path that no client can write
+
+
+def fuzz(server: servers.Server, number: int, seed: int, fraction_from_schema: float) -> Tally:
     """Send them all."""
     tally, rng = Tally(), random.Random(seed)
     ordinary = server.request(["an ordinary text", "and another"], MODEL_NAME)
     expected = load.run(load.Plan(server.port, [ordinary], 1, 0.2)).bodies[0, _only_digest(server, ordinary)]
-    cases = schema_cases(server, seed) if fraction_from_schema else iter(())
-    for number in range(requests):
+    cases = schema_cases(server, seed)
+    for done in range(1, number + 1):
         if rng.random() < fraction_from_schema:
-            what, send = next(cases)
+            what, ask = next(cases)
         else:
             request = raw_request(rng)
-            what, send = f"{request[:300]!r}", lambda request=request: send_raw(server.port, request)
+            what, ask = f"{request[:300]!r}", partial(send_raw, server.port, request)
         start = time.monotonic()
-        tally.add(what, send(), time.monotonic() - start)
+        tally.add(what, ask(), time.monotonic() - start)
         if server.process.poll() is not None:
             tally.faults.append(f"the server ended with {server.process.returncode} after {what}")
             break
-        if number % 500 == 499:
+        if done % 500 == 0:
             bodies = set(load.run(load.Plan(server.port, [ordinary], 1, 0.1)).bodies.values())
             if bodies != {expected}:
-                tally.faults.append(f"after {number + 1} requests an ordinary one got {bodies!r:.300}")
-            print(f"{number + 1} requests, {len(tally.faults)} faults, slowest {tally.slowest_s:.2f} s", flush=True)
+                tally.faults.append(f"after {done} requests an ordinary one got {bodies!r:.300}")
+            print(f"{done} requests, {len(tally.faults)} faults, slowest {tally.slowest_s:.2f} s", flush=True)
     return tally
 
 
@@ -221,9 +235,7 @@ def main() -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--schema", type=float, default=0.5, help="fraction that schemathesis makes (pip install schemathesis)"
-    )
+    parser.add_argument("--schema", type=float, default=0.5, help="fraction that schemathesis makes")
     args = parser.parse_args()
     options = ("--body-timeout-s", "0.3", "--header-timeout-s", "0.3")  # many requests never send what they promise
     with servers.start("fastbert", str(resolve(args.model)), *options, served_name=MODEL_NAME) as server:

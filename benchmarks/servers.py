@@ -121,7 +121,7 @@ def start(name: str, folder: str, *options: str, served_name: str = "model") -> 
     port = free_port()
     path = "/embeddings" if name == "infinity" else "/v1/embeddings"
     command = {
-        "fastbert": [sys.executable, "-c", "import fastbert.cli.serve; from fastbert.cli import app; app()", "serve", folder, "--port", str(port)],
+        "fastbert": [sys.executable, "-m", "fastbert", "serve", folder, "--port", str(port)],
         "sentence-transformers": [sys.executable, "-m", "benchmarks.fastapi_peer", folder, str(port)],
         "infinity": [
             str(infinity()), "v2", "--model-id", folder, "--served-model-name", served_name, "--port", str(port),

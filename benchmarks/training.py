@@ -290,6 +290,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--lr", type=float, help="default: that of the data set")
+    parser.add_argument("--max-length", type=int, help="default: that of the data set")
     parser.add_argument("--train-items", type=int, help="the first so many; default all")
     parser.add_argument("--eval-items", type=int)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -308,8 +310,8 @@ def main() -> None:
             continue
         data = replace(data, train=head(data.train, args.train_items), eval=head(data.eval, args.eval_items))
         arguments = FinetuneArguments(
-            num_train_epochs=args.epochs, batch_size=args.batch_size, learning_rate=data.learning_rate,
-            max_length=data.max_length, bf16=args.dtype == "bfloat16", quiet=True,
+            num_train_epochs=args.epochs, batch_size=args.batch_size, learning_rate=args.lr or data.learning_rate,
+            max_length=args.max_length or data.max_length, bf16=args.dtype == "bfloat16", quiet=True,
         )  # fmt: skip
         rows += bench(name, data, arguments, args.seeds, str(resolve(args.model)))
     if not rows:

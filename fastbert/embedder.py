@@ -400,6 +400,7 @@ def position_limit(model: EncoderModel) -> int:
 
 
 def resolve_dtype(name: str, device: torch.device) -> str:
+    """The dtype that a name of `DTYPES` means on a device; ValueError where the device has not got it."""
     if name not in DTYPES:
         raise ValueError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")
     cuda = device.type == "cuda"

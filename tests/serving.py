@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,15 +45,20 @@ def tiny_model(kind: str, folder: Path, tokenizer: Path) -> Path:
     """A random model of a kind with MiniLM's tokenizer, saved in `folder`."""
     head, options = HEADS["fill-mask" if kind == "splade" else kind]
     torch.manual_seed(len(kind))
-    head.from_config(fastbert.BertConfig(**SHAPE, **options)).save_pretrained(folder)
+    model = head.from_config(fastbert.BertConfig(**SHAPE, **options)).eval()
+    if kind == "token-classification":  # else one label wins everywhere
+        with torch.no_grad():
+            model.classifier.bias -= model(torch.randint(1000, 30000, (8, 60))).logits.mean((0, 1))
+    model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):
         if (tokenizer / name).is_file():
             shutil.copy(tokenizer / name, folder)
     if kind == "splade":
+        package = "sentence_transformers.sparse_encoder.models"
         rows = [
-            {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.sparse_encoder.models.MLMTransformer"},
-            {"idx": 1, "name": "1", "path": "1_SpladePooling", "type": "sentence_transformers.sparse_encoder.models.SpladePooling"},
-        ]  # fmt: skip
+            {"idx": 0, "name": "0", "path": "", "type": f"{package}.MLMTransformer"},
+            {"idx": 1, "name": "1", "path": "1_SpladePooling", "type": f"{package}.SpladePooling"},
+        ]
         (folder / "modules.json").write_text(json.dumps(rows))
         (folder / "1_SpladePooling").mkdir()
         (folder / "1_SpladePooling" / "config.json").write_text(json.dumps({"pooling_strategy": "max"}))
@@ -60,10 +66,10 @@ def tiny_model(kind: str, folder: Path, tokenizer: Path) -> Path:
 
 
 @contextmanager
-def live(folders: dict[str, Path], *keys: str, **settings: object) -> Iterator[Server]:
+def live(folders: dict[str, Path], *keys: str, tracer: Any = None, **settings: object) -> Iterator[Server]:
     """A server that listens on a free port of this machine; `.address` is its URL, `.state` what it knows."""
     options = {"port": 0, "drain_grace_s": 0.0, "drain_timeout_s": 10.0, **settings}
-    server = Server(build_state(folders, Settings(**options), keys))  # type: ignore[arg-type]
+    server = Server(build_state(folders, Settings(**options), keys), tracer)  # type: ignore[arg-type]
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     end = time.monotonic() + 60

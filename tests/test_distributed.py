@@ -14,10 +14,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from test_checkpoint import FORKS, assert_same_bits, state_of
+from test_checkpoint import FORKS, assert_same_bits, no_curves, state_of
 from tiny_training import Steps, arguments, tagger, token_items
 from torch import nn
 
+from fastbert import plot
 from fastbert.models import AlbertConfig, AlbertForTokenClassification
 from fastbert.train.distributed import World
 from fastbert.train.loop import train
@@ -74,6 +75,7 @@ TIMEOUT_S = 60
 def rank_of_a_job(rank, size, store, job):
     """A process: one rank of a job that `job` describes; what it ends with goes into a file."""
     torch.set_num_threads(1)
+    plot.training_curves = no_curves
     answer = Path(f"{store}-rank-{rank}")
     try:
         limit = timedelta(seconds=TIMEOUT_S)

@@ -720,6 +720,19 @@ def test_quantised_rows_are_within_half_a_step():
     assert q.abs().amax(-1).tolist() == [127 if i != 7 else 0 for i in range(50)]
 
 
+def test_an_int8_linear_layer_with_16_bits_keeps_its_input():
+    torch.manual_seed(0)
+    linear, x = nn.Linear(40, 24), torch.randn(9, 40)
+    x[:, 3] = 30.0  # which leaves the others few of 255 steps
+    with torch.no_grad():
+        exact, wide, narrow = linear(x), Int8Linear(linear, 16)(x), Int8Linear(linear, 8)(x)
+    assert (wide - exact).abs().max() < (narrow - exact).abs().max() / 2
+    weight, scale = quantize_rows(linear.weight.detach())
+    torch.testing.assert_close(wide, x @ (weight * scale[:, None]).mT + linear.bias.detach())
+    with pytest.raises(ValueError, match="activation_bits must be 8 or 16, got 4"):
+        Int8Linear(linear, 4)
+
+
 def test_int8_linear_says_what_does_not_fit():
     weight, scale = quantize_rows(torch.randn(4, 8))
     with pytest.raises(ValueError, match="weight has 8 features but x has 9"):
@@ -732,14 +745,13 @@ def test_int8_linear_says_what_does_not_fit():
         int8_linear(torch.randn(2, 8, requires_grad=True), weight, scale)
 
 
-def test_quantising_swaps_all_but_qkv(build, tmp_path):
+def test_quantising_swaps_all_and_spares_qkv(build, tmp_path):
     embedder = load(build(), dtype="int8")
-    kinds = {
-        name.rpartition(".")[2]: type(m)
-        for name, m in embedder.model.named_modules()
-        if "linear" in type(m).__name__.lower()
-    }
-    assert kinds == {"qkv": nn.Linear, "dense": Int8Linear, "intermediate": Int8Linear, "output": Int8Linear}
+    assert not [m for m in embedder.model.modules() if isinstance(m, nn.Linear)]
+    bits = {n.rpartition(".")[2]: m.activation_bits for n, m in embedder.model.named_modules() if hasattr(m, "weight_scale")}
+    assert bits == {"qkv": 16, "dense": 8, "intermediate": 8, "output": 8}
+    with torch.inference_mode():
+        assert embedder.model.execution_plan().startswith("cpu engine: int8 with ")
     with pytest.raises(ValueError, match="already in int8"):
         quantize_int8(embedder.model)
     with pytest.raises(ValueError, match="an int8 model cannot be saved"):

@@ -16,8 +16,9 @@ from typer.testing import CliRunner
 
 from fastbert.cli import app
 from fastbert.models import AutoConfig, BertConfig, BertForSequenceClassification, BertModel
-from fastbert.train.finetune import prepare
+from fastbert.train.finetune import finetune, prepare
 from fastbert.train.finetune_arguments import TASK_NAMES, FinetuneArguments
+from fastbert.train.tables import read_table
 from fastbert.train.tasks import TASKS
 
 LEARN = {"learning_rate": 5e-3, "warmup_steps": 0.0, "quiet": True, "save_strategy": "no", "report_to": "none"}
@@ -138,6 +139,23 @@ def assert_loads_elsewhere(task, folder, model, ready):
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
 
 
+def test_an_interrupted_run_ends_the_same(tiny, tmp_path):
+    rows, _ = rows_of("embedding")
+    told = {**LEARN, "save_strategy": "epoch", "num_train_epochs": 2, "batch_size": 16}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        whole = finetune(tiny, rows, task="embedding", output_dir=str(tmp_path), **told).model.state_dict()
+        shutil.rmtree(max(tmp_path.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2])))
+        again = finetune(tiny, rows, task="embedding", output_dir=str(tmp_path), resume=True, **told)
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 2
+    for name, value in again.model.state_dict().items():
+        assert torch.equal(value, whole[name]), name
+
+
+def test_the_command_knows_all_tasks():
+    assert tuple(TASKS) == TASK_NAMES
+
+
 @pytest.mark.parametrize("loss", ["cosine", "cosent"])
 def test_scores_order_cosines(loss, tiny):
     words = sorted({w for t, _ in texts() for w in t.split()})
@@ -174,7 +192,7 @@ def test_the_loss_is_that_of_a_padded_model(tiny):
             mutant = float(theirs(**batch).loss)
         loss = ready.evaluator()(ready.model)["loss"]
         assert loss == pytest.approx(expected, rel=1e-5), task
-        assert abs(mutant - expected) > 1e-3 * expected, "padding must matter here"
+        assert abs(mutant - expected) > 2e-4 * expected, "padding must matter here"
 
 
 def test_training_is_that_of_trainer(tiny, tmp_path):
@@ -324,3 +342,40 @@ def test_every_flag_reaches_its_field(monkeypatch):
 class _Nothing:
     def run(self):
         """What a run that was patched away does."""
+
+
+@pytest.mark.parametrize("task", ["pair", "ner"])
+def test_the_benchmark_reads_both_systems_alike(task, tiny, tmp_path):
+    from benchmarks import training
+
+    rows, _ = rows_of(task)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run = prepare(tiny, rows, rows, task, **LEARN)
+    run.model.save_pretrained(tmp_path)
+    theirs = getattr(transformers, run.task.classes.__name__).from_pretrained(tmp_path)
+    found, expected = training.padded_outputs(theirs, run, run.eval), run.evaluator().outputs(run.model)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_rows_of_the_benchmark(tiny):
+    from benchmarks import training
+    from benchmarks.labelled import Labelled
+
+    rows, _ = rows_of("classification")
+    table = read_table(rows)
+    arguments = FinetuneArguments(num_train_epochs=2, batch_size=16, learning_rate=5e-3, bf16=False, quiet=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        data = Labelled(table, table, TASKS["classification"](), "accuracy")
+        found = training.bench("moods", data, arguments, 2, str(tiny))
+    ours, paired, grouped = found
+    assert [row.system for row in found] == list(training.SYSTEMS)
+    assert ours.metric_mean == pytest.approx(paired.metric_mean, abs=0.02)  # one example of 64 may fall either way
+    assert (ours.padding, paired.seeds, paired.train_items) == (0.0, 2, 64)
+    assert 0 < paired.padding < 0.6
+    assert 0 < grouped.padding < 0.6
+    assert all(row.tokens_per_second > 0 for row in found)
+    shown = training.show(found)
+    assert shown.row_count == 3

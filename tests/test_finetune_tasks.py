@@ -13,13 +13,14 @@ import transformers
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, processors
 
+from fastbert import finetune
 from fastbert.corpus import CorpusError
 from fastbert.models import BertConfig, BertForSequenceClassification
 from fastbert.tokenizer import Tokenizer
 from fastbert.train.batch import collate
 from fastbert.train.evaluate import Evaluator
 from fastbert.train.examples import Examples
-from fastbert.train.finetune import finetune, prepare
+from fastbert.train.finetune import prepare
 from fastbert.train.tables import Table, read_table
 from fastbert.train.tasks.classification import Classification, MultiLabel, Pair, Regression
 from fastbert.train.tasks.embedding import Embedding
@@ -204,6 +205,16 @@ def test_words_without_a_prediction_count_as_outside(tokenizer):
     assert scores["recall"] == pytest.approx(2 / 3)  # the entity that was cut is found too short
     everything_o = [np.full(len(examples[i]["labels"]), 2) for i in range(3)]
     assert task.metrics(examples, everything_o)["f1"] == 0.0
+
+
+def test_lone_surrogates_are_read(tokenizer):
+    rows = [{"words": ["a\ud800", "b"], "tags": ["B-X", "O"]}]
+    assert len(learnt(WordTagging(), rows).examples(read_table(rows), tokenizer)) == 1
+    rows = [question("who\ud800", "Bob", "\udfff Bob")]
+    examples = Answering(doc_stride=2, max_query_length=5).examples(read_table(rows), tokenizer)
+    spans = examples.reference[1][0]
+    first = examples[0]["start_positions"]
+    assert rows[0]["context"][spans[first, 0] : spans[first, 1]] == "Bob"
 
 
 def test_parts_of_speech_have_no_entities(tokenizer):
@@ -455,6 +466,13 @@ def test_evaluation_does_not_depend_on_its_batches(checkpoint):
     backwards = Table("b", {name: values[::-1] for name, values in read_table(rows).columns.items()})
     outputs = Evaluator(ready.task, ready.task.examples(backwards, ready.tokenizer), ready.task.objective())
     np.testing.assert_allclose(outputs.outputs(ready.model)[::-1], calls[0].outputs(ready.model), atol=1e-5)
+
+
+def test_a_split_batch_of_compared_texts_is_said(checkpoint):
+    folder, _ = checkpoint
+    rows = [{"anchor": "a b c", "positive": "d"}] * 4
+    with pytest.warns(UserWarning, match="a batch may have 32 tokens but a forward pass takes 20"):
+        prepare(folder, rows, task="embedding", micro_tokens=20)
 
 
 def test_library_calls_that_cannot_be(checkpoint):

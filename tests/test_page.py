@@ -213,7 +213,7 @@ class Browser:
             self.js("(arguments[0].value = arguments[1])", area, text)
         self.js("document.querySelector('#task .result').replaceChildren()")
         self.one("#task button.go").click()
-        self.until("document.querySelector('#task .result').childElementCount > 0")
+        self.until("document.querySelector('#task .result > :not(.hint)') !== null")
 
     def complaints(self) -> list[str]:
         return [entry["message"] for entry in self.driver.get_log("browser")]
@@ -300,6 +300,7 @@ class TestSeen:
 
     def test_the_key_is_asked_for_and_checked(self, chromium, server):
         chromium.open(server.url("/"))
+        chromium.until("document.getElementById('status').textContent === 'ready'")
         chromium.run("embed", TEXTS[0])
         assert "asks for an API key" in chromium.one("#task [role=alert]").text
         chromium.use_key("wrong")

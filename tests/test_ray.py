@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import secrets
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,12 @@ os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(16))  # else Ray write
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray
+from ray import serve
 
+from benchmarks.servers import free_port
 from fastbert.serve.ray_data import EmbedBatch
+from fastbert.serve.ray_serve import application
+from fastbert.serve.settings import Settings
 
 TEXTS = [f"text number {i} " * (1 + i % 7) for i in range(40)]
 
@@ -103,3 +109,34 @@ class TestErrors:
     def test_a_row_without_text(self, embed):
         with pytest.raises(TypeError, match="row 1 of a batch: 'text' is None"):
             embed({"text": np.array(["a", None], dtype=object)})
+
+
+class TestServe:
+    @pytest.fixture(scope="class")
+    def port(self):
+        return free_port()
+
+    @pytest.fixture(scope="class")
+    def handle(self, local_ray, minilm, port):
+        serve.start(http_options={"port": port})
+        settings = Settings(warmup=False, served_model_name=("minilm",))
+        yield serve.run(application(str(minilm), settings, num_replicas=2, ray_actor_options={"num_cpus": 1}))
+        serve.shutdown()
+
+    def test_other_deployments_call_it(self, handle, expected):
+        made = [handle.encode.remote(TEXTS[i : i + 5], normalize_embeddings=True) for i in range(0, 40, 5)]
+        np.testing.assert_array_equal(np.concatenate([answer.result() for answer in made]), expected)
+        assert handle.encode.remote([]).result().shape == (0, 384)
+
+    def test_over_http_it_is_the_server(self, handle, port, expected):
+        url, body = f"http://127.0.0.1:{port}", json.dumps({"input": TEXTS, "model": "minilm"}).encode()
+        headers = {"content-type": "application/json"}
+        with urllib.request.urlopen(urllib.request.Request(f"{url}/v1/embeddings", body, headers)) as answer:
+            rows = [row["embedding"] for row in json.load(answer)["data"]]
+        np.testing.assert_array_equal(np.array(rows, dtype=np.float32), expected)
+        with urllib.request.urlopen(f"{url}/ready") as answer:
+            assert answer.status == 200
+
+    def test_errors_come_back(self, handle):
+        with pytest.raises(Exception, match="prompt"):
+            handle.encode.remote(["a"], prompt_name="no such prompt").result()

@@ -117,7 +117,9 @@ def test_token_ids_are_used_as_sent(client, embedder):
     found = np.array(post(client, "/embed", {"inputs": ids}).json(), dtype=np.float32)
     assert np.array_equal(found, embedder.encode(TEXTS, normalize_embeddings=True))
     unusual = [7592, 7592, 102]  # no [CLS]: an id list is not tokenised again
-    assert post(client, "/embed", {"inputs": unusual}).json() != post(client, "/embed", {"inputs": "hello hello"}).json()
+    assert (
+        post(client, "/embed", {"inputs": unusual}).json() != post(client, "/embed", {"inputs": "hello hello"}).json()
+    )
 
 
 def test_concurrent_requests_have_the_bits_of_encode(server, embedder):
@@ -126,7 +128,9 @@ def test_concurrent_requests_have_the_bits_of_encode(server, embedder):
     async def ask(client, i):
         chosen = [TEXTS[(i + k) % len(TEXTS)] for k in range(1 + i % 4)]
         body = {"input": chosen, "encoding_format": "base64", "model": NAME}
-        response = await client.post("/v1/embeddings", json=body, headers={"x-priority": ("bulk", "interactive")[i % 2]})
+        response = await client.post(
+            "/v1/embeddings", json=body, headers={"x-priority": ("bulk", "interactive")[i % 2]}
+        )
         rows = _base64([row["embedding"] for row in response.json()["data"]])
         return all(np.array_equal(row, exact[text]) for row, text in zip(rows, chosen, strict=True))
 
@@ -165,7 +169,12 @@ def test_keys(server):
         for path in ("/health", "/live", "/ready", "/ping", "/", "/metrics", "/stats", "/docs", "/openapi.json"):
             assert client.get(path).status_code == 200, path
         assert client.get("/info").status_code == 401
-        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic first-key"}, {"x-api-key": "x"}):
+        for headers in (
+            {},
+            {"authorization": "Bearer wrong"},
+            {"authorization": "Basic first-key"},
+            {"x-api-key": "x"},
+        ):
             response = client.post("/embed", json={"inputs": "a"}, headers=headers)
             assert response.status_code == 401, headers
             assert response.headers["www-authenticate"] == "Bearer"
@@ -344,6 +353,30 @@ def test_work_of_a_client_that_left_is_taken_back(server, client, monkeypatch):
     assert server.state.inflight == 0
 
 
+def test_what_cannot_be_finished_in_time_is_said(minilm, monkeypatch):
+    with live({NAME: minilm}, warmup=False, drain_timeout_s=0.3) as server:
+        waiting = threading.Event()
+
+        async def endless(work):
+            waiting.set()
+            await asyncio.sleep(60)
+
+        monkeypatch.setattr(server.state.models[0], "submit", endless)
+        answers = []
+        asking = threading.Thread(
+            target=lambda: answers.append(httpx.post(f"{server.address}/embed", json={"inputs": "a"}, timeout=30))
+        )
+        asking.start()
+        assert waiting.wait(20)
+        server.should_exit = True
+        asking.join(20)
+    (answer,) = answers
+    assert answer.status_code == 503
+    assert answer.json()["error_type"] == "Unhealthy"
+    assert answer.headers["retry-after"] == "1"
+    assert not server.clean
+
+
 # What can be seen from outside
 
 
@@ -426,6 +459,25 @@ def test_logs_are_json_without_keys_and_texts(server, client):
     assert second["status"] == 401
     for secret in ("confidential", "first-key", "guessed-key"):
         assert secret not in stream.getvalue()
+
+
+def test_spans_continue_the_callers_trace(minilm):
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    from fastbert.serve.tracing import Tracer
+
+    exporter = InMemorySpanExporter()
+    with live({NAME: minilm}, warmup=False, tracer=Tracer("test", exporter)) as server:
+        trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+        with httpx.Client(base_url=server.address, timeout=30) as client:
+            assert post(client, "/embed", {"inputs": "a"}, traceparent=trace).status_code == 200
+    (span,) = exporter.get_finished_spans()  # the end of the server sends what is left
+    assert f"{span.context.trace_id:x}" == "4bf92f3577b34da6a3ce929d0e0e4736"
+    assert f"{span.parent.span_id:016x}" == "00f067aa0ba902b7"
+    assert span.name == "POST /embed"
+    assert span.attributes["http.response.status_code"] == 200
+    assert span.attributes["fastbert.tokens"] == 3
+    assert span.attributes["fastbert.compute_ms"] > 0
 
 
 def test_cors_lets_the_key_through(minilm):
@@ -549,9 +601,7 @@ def test_openapi_describes_every_route(client):
     assert "429" in schema["paths"]["/embed"]["post"]["responses"]
 
 
-
-
 def test_answers_of_a_size_that_would_fill_the_memory_are_refused(client):
-    response = post(client, "/embed_all", {"inputs": [[101] * 256] * 200})
+    response = post(client, "/embed_all", {"inputs": ["a " * 254] * 200})
     assert response.status_code == 422
     assert "send fewer inputs" in response.json()["error"]

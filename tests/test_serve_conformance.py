@@ -1,4 +1,4 @@
-"""Every golden case against live servers of every kind of model, and the patterns against answers that must not pass."""
+"""Every golden case against live servers of every kind of model; the patterns against answers that must not pass."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def lengths(num=500, seed=0, low=3, high=64):
 
 
 def loader(dataset=None, **options):
-    dataset = dataset or Dataset(lengths())
+    dataset = Dataset(lengths()) if dataset is None else dataset
     options = {"batch_tokens": 512, "micro_tokens": 128, "seed": 3, **options}
     if "batch_items" in options:
         options["batch_tokens"] = None

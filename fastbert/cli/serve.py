@@ -28,13 +28,15 @@ def _option(field: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
     if kind is bool and not flags:
         flags = (f"{own}/--no-{own[2:]}",)
     parts = [part for part in typing.get_args(kind) if part is not type(None)]
-    default = field.default
+    default: Any = field.default
     if typing.get_origin(kind) is tuple:
-        kind, default = list[str], list(field.default) or None
+        kind, default = list[str], list(default) or None
     elif typing.get_origin(kind) is types.UnionType:
         kind = parts[0] | None
     names = [f"FASTBERT_{field.name.upper()}", *env.split()]
-    shown = option(panel, help, *(flags or (own,)), envvar=names, show_default=not secret, show_envvar=False, **metadata)
+    shown = option(
+        panel, help, *(flags or (own,)), envvar=names, show_default=not secret, show_envvar=False, **metadata
+    )
     return inspect.Parameter(
         field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, shown]
     )
@@ -43,12 +45,18 @@ def _option(field: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
 def serve(
     model: Annotated[list[str] | None, typer.Argument(help="Folders or hub ids; the first is the default.")] = None,
     model_id: Annotated[
-        str | None, option("Model", "The same, as text-embeddings-inference names it.", "--model-id", envvar="MODEL_ID", show_envvar=False)
+        str | None,
+        option(
+            "Model",
+            "The same, as text-embeddings-inference names it.",
+            "--model-id",
+            envvar="MODEL_ID",
+            show_envvar=False,
+        ),
     ] = None,
-    prometheus_port: Annotated[
-        int | None, typer.Option("--prometheus-port", hidden=True, help="Metrics are at /metrics of the same port.")
-    ] = None,
-    disable_spans: Annotated[bool, typer.Option("--disable-spans", hidden=True, help="Spans are off by default.")] = False,
+    prometheus_port: Annotated[int | None, typer.Option("--prometheus-port", hidden=True)] = None,
+    disable_spans: Annotated[bool, typer.Option("--disable-spans", hidden=True)] = False,
+    uds_path: Annotated[str | None, typer.Option("--uds-path", hidden=True)] = None,
     **given: Any,
 ) -> None:
     """Serve models over HTTP: the routes of text-embeddings-inference, OpenAI, Cohere and Jina.
@@ -58,10 +66,22 @@ def serve(
     """
     models = [*(model or []), *([model_id] if model_id else [])]
     if not models:
-        raise typer.BadParameter("name a model: fastbert serve MODEL, for example sentence-transformers/all-MiniLM-L6-v2")
+        raise typer.BadParameter(
+            "name a model: fastbert serve MODEL, for example sentence-transformers/all-MiniLM-L6-v2"
+        )
     if stray := [name for name in models if name.lower() in ("true", "false")]:
-        raise typer.BadParameter(f"{stray[0]!r} is no model; flags take no value: --auto-truncate or --no-auto-truncate")
-    settings = Settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v is not None})
+        raise typer.BadParameter(
+            f"{stray[0]!r} is no model; flags take no value: --auto-truncate or --no-auto-truncate"
+        )
+    for flag, value, why in (
+        ("--prometheus-port", prometheus_port, "metrics are at /metrics of the server's own port"),
+        ("--disable-spans", disable_spans, "there are no spans without --otlp-endpoint"),
+        ("--uds-path", uds_path, "nothing here talks over a socket of its own; --unix-socket listens on one"),
+    ):
+        if value:
+            typer.echo(f"{flag} does nothing: {why}", err=True)
+    values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items() if v is not None}
+    settings = Settings(**values)
     keys = settings.keys()
     from fastbert.hub import resolve
 

@@ -1,4 +1,4 @@
-"""What routes answer, for `/openapi.json`: schemas of bodies and the statuses of errors. Nothing is computed with these."""
+"""What routes answer, for `/openapi.json`: schemas of bodies, statuses of errors. Nothing is computed with these."""
 
 from __future__ import annotations
 

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 _ROUTERS = (routes_embed.router, routes_predict.router, routes_text.router, routes_server.router)
 
 _DESCRIPTION = (
-    "Encoder models behind the routes of text-embeddings-inference, OpenAI, Cohere and Jina. With several models, native "
-    "routes take `?model=` or the header `x-model`. Every request may carry `x-request-id`, `x-deadline-ms` (give up after "
-    "so many milliseconds) and `x-priority: bulk` (let others go first)."
+    "Encoder models behind the routes of text-embeddings-inference, OpenAI, Cohere and Jina. With several models, "
+    "native routes take `?model=` or the header `x-model`. Every request may carry `x-request-id`, `x-deadline-ms` "
+    "(give up after so many milliseconds) and `x-priority: bulk` (let others go first)."
 )
 
 # What a browser's script may read of an answer from another origin.
@@ -91,5 +91,3 @@ def _with_security(schema: dict[str, Any], keyed: bool) -> dict[str, Any]:
         schema.setdefault("components", {})["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         schema["security"] = [{"key": []}]
     return schema
-
-

@@ -168,7 +168,7 @@ class Batcher:
             if timer is not None:
                 timer.cancel()
             self._live.discard(request)
-            if not request.is_computed:
+            if request.waits:
                 with self._ready:
                     self._lanes.remove(request)
 
@@ -240,11 +240,11 @@ class Batcher:
     def _run(self) -> None:
         while True:
             with self._ready:
-                expired, batch = self._next()
+                batch = self._next()
             if batch is None:
                 return
             outcome = self._passes.run(batch)
-            outcome.settled += [(request, _too_late(request)) for request in expired]
+            outcome.settled += [(request, _too_late(request)) for request in batch.expired]
             with self._ready:
                 for request, error in outcome.settled:
                     if error is not None:  # what else it has waiting is not computed
@@ -252,8 +252,8 @@ class Batcher:
             self._running_until = 0.0
             self._hand_over(outcome)
 
-    def _next(self) -> tuple[list[Request], Batch | None]:
-        """Wait for work: requests that are too late, and a batch of the others; None = stop. The lock is held."""
+    def _next(self) -> Batch | None:
+        """Wait for work and take a batch of it; None = stop. The lock is held."""
         while not self._closed:
             now = monotonic()
             if not self._lanes.tokens:
@@ -261,13 +261,10 @@ class Batcher:
             elif (pause := self._pace.pause_s(self._lanes, self.batch_tokens, self.latency, now)) > 0:
                 self._ready.wait(pause)
             else:
-                expired = [r for r in self._lanes if r.work.deadline is not None and r.work.deadline <= now]
-                for request in expired:
-                    self._lanes.remove(request)
-                batch = self._lanes.take(self.batch_tokens, self.max_batch_sequences, self.latency)
+                batch = self._lanes.take(self.batch_tokens, self.max_batch_sequences, self.latency, now)
                 self._running_until = now + self.latency.predict(batch.tokens, batch.squares)
-                return expired, batch
-        return [], None
+                return batch
+        return None
 
     def _hand_over(self, outcome: Outcome) -> None:
         """Cross to the event loop, once for the whole batch."""

@@ -12,9 +12,9 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from fastbert.serve.errors import BadJSON, Invalid, ServeError, WrongContentType, dialect_of
+from fastbert.serve.models import Model
 from fastbert.serve.security import read_body
 from fastbert.serve.series import STAGES
-from fastbert.serve.models import Model
 from fastbert.serve.state import State
 from fastbert.serve.work import LANES
 
@@ -30,6 +30,7 @@ class Call(Request):
         server: the server's state.
         id: of the client's `x-request-id`, or ours.
         path: below the root path.
+        sent: its headers by their names in lower case.
         dialect: of its errors.
         stages: seconds by stage.
         tokens, characters: of the inputs.
@@ -41,7 +42,8 @@ class Call(Request):
         self.server = server
         self.started = time.perf_counter()
         self.path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
-        given = self.headers.get("x-request-id", "")
+        self.sent = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        given = self.sent.get("x-request-id", "")
         self.id = given if 0 < len(given) <= 128 and given.isascii() and given.isprintable() else secrets.token_hex(16)
         self.dialect = dialect_of(self.path, server.settings.compat)
         self.stages: dict[str, float] = {}
@@ -55,13 +57,13 @@ class Call(Request):
             BadJSON: it is no JSON, or nested too deep.
             Invalid: JSON of another shape; the first misfit is named.
         """
-        kind = self.headers.get("content-type", "").split(";")[0].strip().lower()
+        kind = self.sent.get("content-type", "").split(";")[0].strip().lower()
         if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
-            raise WrongContentType(
-                f"Expected request with `Content-Type: application/json`, got {kind or 'none'!r}"
-            )
+            raise WrongContentType(f"Expected request with `Content-Type: application/json`, got {kind or 'none'!r}")
         settings = self.server.settings
-        body = await read_body(self, self.receive, settings.payload_limit, settings.body_timeout_s)
+        body = await read_body(
+            self.receive, self.sent.get("content-length", ""), settings.payload_limit, settings.body_timeout_s
+        )
         started = time.perf_counter()
         parsed = parse(adapter, body)
         self.stages["parse"] = time.perf_counter() - started
@@ -73,7 +75,8 @@ class Call(Request):
         Raises:
             ModelNotFound: several models are served and none has this name.
         """
-        return self.server.model(name or self.query_params.get("model") or self.headers.get("x-model"))
+        asked = name or (self.scope["query_string"] and self.query_params.get("model")) or self.sent.get("x-model")
+        return self.server.model(asked or None)
 
     def deadline(self) -> float:
         """When the answer is of no use any more, by the monotonic clock: `x-deadline-ms`, or the server's limit.
@@ -82,7 +85,7 @@ class Call(Request):
             Invalid: the header is no number above 0.
         """
         limit = self.server.settings.request_timeout_s
-        if (text := self.headers.get("x-deadline-ms")) is not None:
+        if (text := self.sent.get("x-deadline-ms")) is not None:
             try:
                 asked = float(text)
             except ValueError:
@@ -98,7 +101,7 @@ class Call(Request):
         Raises:
             Invalid: an unknown one.
         """
-        lane = self.headers.get("x-priority", LANES[0]).lower()
+        lane = self.sent.get("x-priority", LANES[0]).lower()
         if lane not in LANES:
             raise Invalid(f"x-priority is {lane!r:.40}; it is one of {', '.join(LANES)}", "x-priority")
         return lane

@@ -1,4 +1,4 @@
-"""Token scores to entities with character offsets, as the Hugging Face token-classification pipeline aggregates them."""
+"""Token scores to entities with character offsets, as the token-classification pipeline of `transformers` does it."""
 
 from __future__ import annotations
 

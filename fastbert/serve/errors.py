@@ -1,7 +1,7 @@
 """What can go wrong with a request, and how each dialect says it. Every error is JSON.
 
-`tei` is text-embeddings-inference's native body, `tei-flat` what it sends on its OpenAI routes, `openai` the envelope of
-OpenAI's own API, `cohere` that of Cohere's.
+`tei` is text-embeddings-inference's native body, `tei-flat` what it sends on its OpenAI routes, `openai` the envelope
+of OpenAI's own API, `cohere` that of Cohere's.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class NotFound(ServeError):
     """No such route."""
 
     status, error_type, failure = 404, "NotFound", "validation"
-    openai = (404, "invalid_request_error", None)
+    openai: ClassVar[tuple[int, str, str | None]] = (404, "invalid_request_error", None)
 
 
 class ModelNotFound(NotFound):

@@ -33,6 +33,7 @@ logger = logging.getLogger("fastbert.serve")
 CALL = "fastbert.call"
 TASK = "fastbert.task"  # the connection cancels it when the client leaves
 GONE = "fastbert.gone"  # and says so here
+_UNANSWERED = 499
 
 
 class DirectRoute(APIRoute):
@@ -71,7 +72,7 @@ class Gate:
             return
         call = Call(scope, receive, send, self.state)
         scope[CALL], scope[TASK] = call, asyncio.current_task()
-        status = 499
+        status = _UNANSWERED
 
         async def send_marked(message: Message) -> None:
             nonlocal status
@@ -89,10 +90,15 @@ class Gate:
             if response is not None:
                 await response(scope, receive, send_marked)
         except asyncio.CancelledError:
-            if not scope.get(GONE):
+            if scope.get(GONE):
+                self.state.series.cancelled.add()
+                self.state.series.request_failure.add(1, "dropped")
+            elif self.state.phase == "draining" and status == _UNANSWERED:
+                self.state.abandoned += 1
+                error = NotReady("the server shut down before this was computed", headers={"retry-after": "1"})
+                await self.failed(call, error)(scope, receive, send_marked)
+            else:
                 raise
-            self.state.series.cancelled.add()
-            self.state.series.request_failure.add(1, "dropped")
         finally:
             self.state.inflight -= 1
             self._count(call, status)
@@ -104,8 +110,7 @@ class Gate:
         """The response; None where FastAPI has sent it."""
         method = "GET" if call.method == "HEAD" else call.method
         try:
-            headers = call.headers
-            self.state.keys.check(method, call.path, headers.get("authorization"), headers.get("x-api-key"))
+            self.state.keys.check(method, call.path, call.sent.get("authorization"), call.sent.get("x-api-key"))
             handler = self.handlers.get((method, call.path))
             if handler is None:
                 await self.app(scope, receive, send)

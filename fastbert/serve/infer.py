@@ -149,12 +149,13 @@ def _check_size(model: Model, ids: Sequence[Sequence[int]], output: str) -> None
     if output == "tokens":
         numbers = config.hidden_size * sum(map(len, ids))
     elif output == "mask":
-        numbers = config.vocab_size * sum(list(row).count(mask) for row in ids)
+        numbers = config.vocab_size * sum(token == mask for row in ids for token in row)
     else:
         return
     if numbers > _MOST_NUMBERS:
         raise Invalid(
-            f"Input validation error: the answer would have {numbers} numbers, at most {_MOST_NUMBERS}: send fewer inputs",
+            f"Input validation error: the answer would have {numbers} numbers, more than {_MOST_NUMBERS}: "
+            "send fewer inputs",
             "inputs",
         )
 

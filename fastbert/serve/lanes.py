@@ -64,9 +64,9 @@ class Request:
         return sum(self.lengths)
 
     @property
-    def is_computed(self) -> bool:
-        """Whether all of its sequences went into a forward pass."""
-        return self.next == len(self.lengths)
+    def waits(self) -> bool:
+        """Whether it has a sequence that is to go into a forward pass."""
+        return self.next < len(self.lengths)
 
     def waiting(self) -> tuple[int, int]:
         """Tokens and squared lengths of what is in no forward pass yet."""
@@ -82,13 +82,20 @@ class Request:
 
 @dataclass
 class Batch:
-    """Sequences of one forward pass: `parts` are (request, which of its sequences)."""
+    """Sequences of one forward pass.
+
+    Attributes:
+        parts: (request, which of its sequences).
+        tokens, squares: of them.
+        expired: requests whose turn it was, but too late.
+    """
 
     budget_tokens: int
     max_sequences: int | None = None
     parts: list[tuple[Request, int]] = field(default_factory=list)
     tokens: int = 0
     squares: int = 0
+    expired: list[Request] = field(default_factory=list)
 
     @classmethod
     def of(cls, parts: list[tuple[Request, int]]) -> Batch:
@@ -155,27 +162,37 @@ class Lanes:
         lane = self._lanes[request.work.lane]
         for place in range(bisect_left(lane, request.due, key=_due), len(lane)):
             if lane[place] is request:
-                tokens, squares = request.waiting()
-                self.tokens -= tokens
-                self.squares -= squares
+                self._forget(request)
                 del lane[place]
                 return
             if lane[place].due > request.due:
                 return
 
-    def take(self, budget_tokens: int, max_sequences: int | None, latency: LatencyModel) -> Batch:
-        """The next forward pass; empty only if nothing waits."""
+    def _forget(self, request: Request) -> None:
+        """What the request has waiting will not go anywhere."""
+        tokens, squares = request.waiting()
+        self.tokens -= tokens
+        self.squares -= squares
+        request.next = len(request.lengths)
+
+    def take(
+        self, budget_tokens: int, max_sequences: int | None, latency: LatencyModel, now: float = -float("inf")
+    ) -> Batch:
+        """The next forward pass; what it meets whose deadline is before `now` goes to `expired` instead.
+
+        It has no parts only if nothing waits that is not expired.
+        """
         batch = Batch(budget_tokens, max_sequences)
         interactive, bulk = self._lanes["interactive"], self._lanes["bulk"]
         if not (interactive and bulk):
             self._earned_s = 0.0
-            self._fill(batch, interactive or bulk)
+            self._fill(batch, interactive or bulk, now)
             return batch
         most = latency.predict(budget_tokens, self.squares * budget_tokens / max(self.tokens, 1))
-        self._fill(batch, bulk, latency, float("inf") if self._earned_s >= most else self._earned_s)
+        self._fill(batch, bulk, now, latency, float("inf") if self._earned_s >= most else self._earned_s)
         self._earned_s -= latency.marginal(batch.tokens, batch.squares)
         tokens, squares = batch.tokens, batch.squares
-        self._fill(batch, interactive)
+        self._fill(batch, interactive, now)
         if batch.tokens > tokens:
             spent = latency.predict(batch.tokens - tokens, batch.squares - squares)
             self._earned_s += spent * self.bulk_share / (1.0 - self.bulk_share)
@@ -183,7 +200,12 @@ class Lanes:
         return batch
 
     def _fill(
-        self, batch: Batch, lane: list[Request], latency: LatencyModel | None = None, seconds: float = float("inf")
+        self,
+        batch: Batch,
+        lane: list[Request],
+        now: float,
+        latency: LatencyModel | None = None,
+        seconds: float = float("inf"),
     ) -> None:
         """Move sequences from a lane into the batch while they fit, and while they cost no more than `seconds`."""
         looked_at = 0
@@ -191,6 +213,10 @@ class Lanes:
             if batch.is_full and batch.parts:
                 break
             looked_at += 1
+            if request.work.deadline is not None and request.work.deadline <= now:
+                self._forget(request)
+                batch.expired.append(request)
+                continue
             for i in range(request.next, len(request.lengths)):
                 length = request.lengths[i]
                 if not batch.has_room(length):
@@ -206,6 +232,6 @@ class Lanes:
                 self.tokens -= length
                 self.squares -= length * length
                 request.next = i + 1
-            if latency is not None and not request.is_computed:
+            if latency is not None and request.waits:
                 break  # it earns on; a later one must not take what this one waits for
-        lane[:looked_at] = [r for r in lane[:looked_at] if not r.is_computed]
+        lane[:looked_at] = [r for r in lane[:looked_at] if r.waits]

@@ -17,7 +17,6 @@ from fastbert.serve.server import serve
 from fastbert.serve.settings import Settings
 from fastbert.serve.state import State
 
-
 _BUILD = ("version", "device", "dtype", "model", "sha")
 
 
@@ -67,7 +66,9 @@ def _of_models(state: State) -> list[Gauge]:
         read = lambda: 0 if state.cache is None else getattr(state.cache, key)  # noqa: E731
         return Gauge(f"fastbert_cache_{key}_total", help, read, kind="counter")
 
-    versions = {(fastbert.__version__, str(m.served.device), m.served.dtype, m.name, m.served.sha or "") for m in models}
+    versions = {
+        (fastbert.__version__, str(m.served.device), m.served.dtype, m.name, m.served.sha or "") for m in models
+    }
     return [
         Gauge("te_queue_size", "Requests that wait.", lambda: sum(m.batcher.queue_requests for m in models)),
         Gauge("fastbert_inflight_requests", "Requests in the house.", lambda: state.inflight),

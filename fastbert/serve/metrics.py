@@ -1,8 +1,8 @@
 """Counters, gauges and histograms of the server in Prometheus' text format.
 
-The `te_*` series have the names, labels and buckets of text-embeddings-inference. Its counters end in no `_total`, which
-the Prometheus client library adds by force; and an observation here costs a fifth of the library's, some ten a request.
-Every series is written by one thread.
+The `te_*` series have the names, labels and buckets of text-embeddings-inference. Its counters end in no `_total`,
+which the Prometheus client library adds by force; and an observation here costs a quarter of the library's, of which a
+request makes about twenty. Every series is written by one thread.
 """
 
 from __future__ import annotations

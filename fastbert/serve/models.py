@@ -58,9 +58,7 @@ class Model:
         if name not in prompts:
             given = f"Input validation error: `default-prompt-name` is set to `{name}` but "
             if not prompts:
-                raise Invalid(
-                    f"{given}no prompts were found in the Sentence Transformers configuration", "prompt_name"
-                )
+                raise Invalid(f"{given}no prompts were found in the Sentence Transformers configuration", "prompt_name")
             raise Invalid(
                 f"{given}it was not found in the Sentence Transformers prompts. Available prompts: {list(prompts)}",
                 "prompt_name",

@@ -69,12 +69,6 @@ def application(models: str | Sequence[str], settings: Settings | None = None, *
             vectors = np.stack((await chosen.batcher.submit(work)).values)
             return normalize(vectors) if normalize_embeddings else vectors
 
-        def check_health(self) -> None:
-            """Ray asks, and replaces a replica that raises."""
-            for model in _state(names, settings).models:
-                if not model.batcher.alive:
-                    raise RuntimeError(f"{model.name} computes no more")
-
     # Ray sends a replica five requests at a time unless told otherwise: no batch would ever be full.
     options = {"name": "fastbert", "max_ongoing_requests": settings.max_concurrent_requests, **deployment}
     return serve.deployment(Encoders, **options).bind()

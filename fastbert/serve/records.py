@@ -41,7 +41,8 @@ def configure(structured: bool, level: str) -> None:
     plain = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S")
     handler.setFormatter(JSONLines() if structured else plain)
     number = _LEVELS.get(level.lower()) or getattr(logging, level.upper())
-    for name in ("fastbert.serve", "uvicorn"):
+    logging.captureWarnings(True)
+    for name in ("fastbert.serve", "uvicorn", "py.warnings"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(number)
@@ -63,7 +64,7 @@ def log_request(call: Call, status: int) -> None:
         "tokens": call.tokens,
         **{f"{name}_ms": round(seconds * 1e3, 3) for name, seconds in call.stages.items()},
     }
-    if (trace := call.headers.get("traceparent", "").split("-")) and len(trace) == 4:
+    if (trace := call.sent.get("traceparent", "").split("-")) and len(trace) == 4:
         fields["trace_id"] = trace[1]
     line = f"{call.method} {call.path} {status} {total_ms:.1f} ms"
     _requests.info("%s", line, extra={"fields": fields})

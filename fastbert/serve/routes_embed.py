@@ -13,6 +13,7 @@ from fastbert.serve.call import Call
 from fastbert.serve.errors import EmptyInput, Invalid, WrongModel
 from fastbert.serve.gate import DirectRoute
 from fastbert.serve.infer import as_list, check_count, compute, need, timed
+from fastbert.serve.models import Model
 from fastbert.serve.schemas import (
     CohereEmbedRequest,
     EmbedAllRequest,
@@ -22,7 +23,6 @@ from fastbert.serve.schemas import (
     SimilarityRequest,
 )
 from fastbert.serve.scores import normalize, sparse_terms
-from fastbert.serve.models import Model
 from fastbert.vectors import quantize_vectors, similarity
 
 router = APIRouter(route_class=DirectRoute)
@@ -38,7 +38,7 @@ async def embed(call: Call, body: EmbedRequest) -> Response:
     `x-embedding-dtype` say how to read them), `application/x-npy` a NumPy file.
     """
     model = call.model()
-    media = wire.accepted(call.headers.get("accept"), _MATRIX)
+    media = wire.accepted(call.sent.get("accept"), _MATRIX)
     if media is None:
         raise Invalid(f"Accept asks for none of {', '.join(_MATRIX)}", "accept")
     inputs, batch = as_list(body.inputs)
@@ -72,7 +72,7 @@ async def _vectors(
     width = model.served.dimension
     if dimensions == 0:
         raise Invalid("Input validation error: `dimensions` should be positive", "dimensions")
-    if dimensions is not None and dimensions > width:
+    if dimensions is not None and width is not None and dimensions > width:
         raise Invalid(
             "Input validation error: `dimensions` should be smaller than the maximum embedding dimension.", "dimensions"
         )
@@ -155,7 +155,7 @@ async def cohere_embed(call: Call, body: CohereEmbedRequest) -> Response:
     check_count(call, len(body.texts), "texts")
     prompts = model.served.prompts
     options = EmbedRequest(
-        inputs=body.texts,
+        inputs=list[str | list[int]](body.texts),
         truncate=body.truncate != "NONE",
         truncation_direction="Left" if body.truncate == "START" else "Right",
         prompt_name=_input_type(body.input_type, prompts),

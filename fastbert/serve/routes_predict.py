@@ -17,6 +17,7 @@ from fastbert.serve.entities import entities
 from fastbert.serve.errors import EmptyInput, Invalid, WrongModel
 from fastbert.serve.gate import DirectRoute
 from fastbert.serve.infer import begin, check_count, check_texts, compute, need, submit, timed
+from fastbert.serve.models import Model
 from fastbert.serve.schemas import (
     AnyRerankRequest,
     FillMaskRequest,
@@ -26,7 +27,6 @@ from fastbert.serve.schemas import (
     TokenClassificationRequest,
 )
 from fastbert.serve.scores import descending, mask_words, predictions, probabilities, target_ids
-from fastbert.serve.models import Model
 
 router = APIRouter(route_class=DirectRoute)
 

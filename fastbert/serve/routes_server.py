@@ -18,9 +18,9 @@ from fastbert.serve.call import Call, said
 from fastbert.serve.errors import NotReady
 from fastbert.serve.gate import DirectRoute
 from fastbert.serve.infer import check_count
+from fastbert.serve.models import Model
 from fastbert.serve.routes_embed import embed, embed_sparse, similarities
 from fastbert.serve.routes_predict import fill_mask, predict, rerank, token_classification
-from fastbert.serve.models import Model
 from fastbert.serve.state import State
 
 router = APIRouter(route_class=DirectRoute)
@@ -66,7 +66,7 @@ async def live(call: Call) -> Response:
 @router.get("/", **_SERVER)
 async def root(call: Call) -> Response:
     """The status page for a browser; what /health says for everybody else."""
-    if "text/html" not in call.headers.get("accept", ""):
+    if "text/html" not in call.sent.get("accept", ""):
         return await health(call)
     return Response(PAGE.read_bytes(), media_type="text/html", headers=_PAGE_HEADERS)
 
@@ -184,7 +184,7 @@ _TASKS = {
 @router.post("/", **answers.default_task)
 @router.post("/invocations", **answers.default_task)
 async def default_task(call: Call, body: dict[str, Any]) -> Response:
-    """The model's own task: vectors, similarities, labels, ranks, entities or words, by its kind and the body's form."""
+    """The model's own task, by its kind and the body's form: vectors, cosines, labels, ranks, entities or words."""
     kind = call.model().served.kind
     compared = isinstance(body.get("inputs"), dict) or os.environ.get("TASK") == "sentence-similarity"
     if kind == "embedding" and compared:

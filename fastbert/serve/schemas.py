@@ -39,22 +39,22 @@ class _Request(BaseModel):
 
 
 class _Truncated(_Request):
-    truncate: Flag | None = Field(None, description="Cut what is too long; null: as the server is set.")
-    truncation_direction: Direction = Field("Right", description="Which end is cut; lower case is read too.")
+    truncate: Flag | None = Field(default=None, description="Cut what is too long; null: as the server is set.")
+    truncation_direction: Direction = Field(default="Right", description="Which end is cut; lower case is read too.")
 
 
 class _Prompted(_Truncated):
-    prompt_name: str | None = Field(None, description="One of the model's prompts, put before every text.")
+    prompt_name: str | None = Field(default=None, description="One of the model's prompts, put before every text.")
 
 
 class EmbedRequest(_Prompted):
     """Texts, or token ids as they are, to vectors."""
 
     inputs: Inputs
-    normalize: Flag = Field(True, description="Scale vectors to length 1.")
-    dimensions: Count | None = Field(None, description="Keep so many leading features, before scaling.")
+    normalize: Flag = Field(default=True, description="Scale vectors to length 1.")
+    dimensions: Count | None = Field(default=None, description="Keep so many leading features, before scaling.")
     encoding_format: EncodingFormat = "float"
-    precision: Precision = Field("float32", description="Fewer bits a feature; int8 and uint8 need several inputs.")
+    precision: Precision = Field(default="float32", description="Bits a feature; int8 and uint8 need several inputs.")
 
 
 class EmbedAllRequest(_Prompted):
@@ -94,7 +94,7 @@ class PredictRequest(_Truncated):
     """A text, a pair of texts, or a batch of them, to scores of labels."""
 
     inputs: PredictInputs
-    raw_scores: Flag = Field(False, description="Logits instead of probabilities.")
+    raw_scores: Flag = Field(default=False, description="Logits instead of probabilities.")
     parameters: PredictParameters | None = None
 
 
@@ -122,7 +122,7 @@ class RerankDocumentsRequest(_Request):
     top_n: Annotated[int, Field(strict=True, ge=1)] | None = None
     return_documents: Flag = False
     max_tokens_per_doc: Annotated[int, Field(strict=True, ge=1)] | None = Field(
-        None, description="Tokens of a document that are read at most."
+        default=None, description="Tokens of a document that are read at most."
     )
 
 
@@ -131,7 +131,8 @@ def _form(value: Any) -> str:
 
 
 AnyRerankRequest = Annotated[
-    Annotated[RerankRequest, Tag("texts form")] | Annotated[RerankDocumentsRequest, Tag("documents form")], Discriminator(_form)
+    Annotated[RerankRequest, Tag("texts form")] | Annotated[RerankDocumentsRequest, Tag("documents form")],
+    Discriminator(_form),
 ]
 
 
@@ -168,7 +169,7 @@ class FillMaskParameters(_Request):
     """Parameters of the Hugging Face fill-mask task."""
 
     top_k: Annotated[int, Field(strict=True, ge=1)] = 5
-    targets: list[str] | None = Field(None, description="Words to choose from; null: the whole vocabulary.")
+    targets: list[str] | None = Field(default=None, description="Words to choose from; null: the whole vocabulary.")
 
 
 class FillMaskRequest(_Truncated):

@@ -7,14 +7,23 @@ import hmac
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from starlette.requests import Request
 from starlette.types import Message, Receive
 
 from fastbert.serve.errors import BodyTooLarge, SlowBody, Unauthorized
 
 # Answered without a key. The page asks for one itself.
 PUBLIC = frozenset(
-    {"/", "/health", "/live", "/ready", "/ping", "/docs", "/openapi.json", "/api-doc/openapi.json", "/docs/oauth2-redirect"}
+    {
+        "/",
+        "/health",
+        "/live",
+        "/ready",
+        "/ping",
+        "/docs",
+        "/openapi.json",
+        "/api-doc/openapi.json",
+        "/docs/oauth2-redirect",
+    }
 )
 METRICS = frozenset({"/metrics", "/stats"})
 
@@ -52,14 +61,17 @@ class Keys:
 _CHALLENGE = {"www-authenticate": "Bearer"}
 
 
-async def read_body(request: Request, receive: Receive, limit: int, timeout_s: float) -> bytes:
+async def read_body(receive: Receive, declared: str, limit: int, timeout_s: float) -> bytes:
     """The body, as long as it is within `limit` bytes and there within `timeout_s` seconds.
+
+    Args:
+        receive: of the ASGI request.
+        declared: its `content-length`, or an empty string.
 
     Raises:
         BodyTooLarge: by its declared length, or as soon as more than the limit has come.
         SlowBody: it was not complete in time.
     """
-    declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
         raise _too_large(int(declared), limit)
     parts: list[bytes] = []

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from fastbert.serve.passes import BatchReport
 from fastbert.serve.metrics import DURATION_BUCKETS, LATENCY_BUCKETS, Counter, Gauge, Histogram, Metric, render
+from fastbert.serve.passes import BatchReport
 
 STAGES = ("parse", "tokenize", "queue", "compute", "serialize")
 _WINDOW = 4096  # requests that the rolling numbers of the status page look back on
@@ -52,7 +52,9 @@ class Series:
         self.batch_size = Histogram("te_batch_next_size", "Inputs of a forward pass.", powers[:13])
         self.batch_tokens = Histogram("te_batch_next_tokens", "Tokens of a forward pass.", powers)
         self.stages = Histogram("fastbert_stage_seconds", "Seconds of a request by stage.", LATENCY_BUCKETS, ["stage"])
-        self.tokens = Counter("fastbert_tokens_total", "Tokens computed: those of inputs, and padding, of which there is none.", ["kind"])
+        self.tokens = Counter(
+            "fastbert_tokens_total", "Tokens computed: those of inputs, and padding, of which there is none.", ["kind"]
+        )
         self.truncated = Counter("fastbert_truncated_inputs_total", "Inputs that were cut.")
         self.cancelled = Counter("fastbert_cancelled_total", "Requests whose client left.")
         self.responses = Counter("fastbert_responses_total", "Answers by status.", ["status"])
@@ -70,7 +72,8 @@ class Series:
             inputs += [count, success, *durations]
         return [
             self.request_count, self.request_success, self.request_failure, *self.request_durations, self.input_length,
-            *inputs, self.batch_size, self.batch_tokens, self.stages, self.tokens, self.truncated, self.cancelled, self.responses, self.rss, self.cpu, *self.more,
+            *inputs, self.batch_size, self.batch_tokens, self.stages, self.tokens, self.truncated, self.cancelled,
+            self.responses, self.rss, self.cpu, *self.more,
         ]  # fmt: skip
 
     def batch(self, report: BatchReport) -> None:
@@ -107,7 +110,12 @@ class Series:
         now = time.monotonic()
         recent = [row for row in self.window if now - row[0] <= seconds]
         if not recent:
-            return {"requests": 0, "requests_per_s": 0.0, "tokens_per_s": 0.0, "latency_ms": dict.fromkeys(_PERCENTILES)}
+            return {
+                "requests": 0,
+                "requests_per_s": 0.0,
+                "tokens_per_s": 0.0,
+                "latency_ms": dict.fromkeys(_PERCENTILES),
+            }
         span = seconds if len(recent) < _WINDOW else max(now - recent[0][0], 1e-3)
         latency = np.percentile([row[1] * 1e3 for row in recent], [50, 90, 95, 99])
         return {

@@ -45,7 +45,7 @@ class Server(uvicorn.Server):
                 build_app(state, tracer),
                 host=settings.host,
                 port=settings.port,
-                uds=None if settings.uds_path is None else str(settings.uds_path),
+                uds=None if settings.unix_socket is None else str(settings.unix_socket),
                 http=Connection,
                 ws="none",
                 lifespan="on",
@@ -76,7 +76,7 @@ class Server(uvicorn.Server):
         names = ", ".join(model.name for model in self.state.models)
         took = time.monotonic() - self.state.started
         logger.info("%s ready at %s after %.1f s", names, self.address, took)
-        if not self.state.keys and not settings.uds_path and settings.host not in _LOCAL:
+        if not self.state.keys and not settings.unix_socket and settings.host not in _LOCAL:
             logger.warning("open to everybody who reaches %s: no --api-key, and not only local", settings.host)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -91,7 +91,7 @@ class Server(uvicorn.Server):
             server.close()
         await asyncio.sleep(0 if self.force_exit else _LINGER_S)
         await super().shutdown(sockets)
-        self.clean = not self.server_state.tasks
+        self.clean = not (self.state.abandoned or self.server_state.tasks)
         logger.info("stopped" if self.clean else "stopped with requests unanswered")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -121,9 +121,12 @@ def serve(state: State) -> bool:
     settings = state.settings
     tracer = None
     if settings.otlp_endpoint is not None:
-        from fastbert.serve.tracing import Tracer
+        try:
+            from fastbert.serve.tracing import Tracer
 
-        tracer = Tracer.to(settings.otlp_endpoint, settings.otlp_service_name)
+            tracer = Tracer.to(settings.otlp_endpoint, settings.otlp_service_name)
+        except ModuleNotFoundError as error:
+            raise ImportError(f"{error}; traces need pip install 'fastbert-engine[otel]'") from error
     server = Server(state, tracer)
     server.run()
     return server.clean

@@ -43,7 +43,7 @@ class Settings:
     hf_token: str | None = _setting(
         None, "Model", "Token for the hub.", "--hf-token", "--hf-api-token", env="HF_TOKEN", secret=True
     )
-    huggingface_hub_cache: Path | None = _setting(None, "Model", "The hub's cache.", env="HUGGINGFACE_HUB_CACHE")
+    huggingface_hub_cache: Path | None = _setting(None, "Model", "The hub's cache.", env="HUGGINGFACE_HUB_CACHE")  # noqa: RUF009
 
     threads: int | None = _setting(None, "Speed", "CPU threads of a forward pass; default: what is allotted.", min=1)
     tokenization_workers: int | None = _setting(
@@ -65,9 +65,7 @@ class Settings:
     max_concurrent_requests: int = _setting(
         512, "Limits", "Requests in the house at once; beyond: 429.", env="MAX_CONCURRENT_REQUESTS", min=1
     )
-    max_client_batch_size: int = _setting(
-        2048, "Limits", "Inputs of one request.", env="MAX_CLIENT_BATCH_SIZE", min=1
-    )
+    max_client_batch_size: int = _setting(2048, "Limits", "Inputs of one request.", env="MAX_CLIENT_BATCH_SIZE", min=1)
     payload_limit: int = _setting(8_000_000, "Limits", "Bytes of one body.", env="PAYLOAD_LIMIT", min=1)
     request_timeout_s: float = _setting(
         60.0, "Limits", "Deadline of a request that names none in x-deadline-ms; then 504.", min=0.001
@@ -79,15 +77,15 @@ class Settings:
 
     host: str = _setting("127.0.0.1", "Network", "Address to listen on; 0.0.0.0 = all.", "--host", "--hostname")
     port: int = _setting(3000, "Network", "Port; 0 = any that is free.", "--port", "-p", env="PORT", min=0, max=65535)
-    uds_path: Path | None = _setting(None, "Network", "Unix socket instead of a port.", env="UDS_PATH")
-    ssl_certfile: Path | None = _setting(None, "Network", "TLS certificate (PEM).")
-    ssl_keyfile: Path | None = _setting(None, "Network", "TLS key (PEM).")
+    unix_socket: Path | None = _setting(None, "Network", "Listen on this socket instead of a port.")  # noqa: RUF009
+    ssl_certfile: Path | None = _setting(None, "Network", "TLS certificate (PEM).")  # noqa: RUF009
+    ssl_keyfile: Path | None = _setting(None, "Network", "TLS key (PEM).")  # noqa: RUF009
     cors_allow_origin: tuple[str, ...] = _setting(
         (), "Network", "Origin that browsers may call from; * = any.", env="CORS_ALLOW_ORIGIN"
     )
 
     api_key: tuple[str, ...] = _setting((), "Security", "Key that requests must carry.", env="API_KEY", secret=True)
-    api_key_file: Path | None = _setting(None, "Security", "File with a key a line.")
+    api_key_file: Path | None = _setting(None, "Security", "File with a key a line.")  # noqa: RUF009
     protect_metrics: bool = _setting(False, "Security", "Ask for the key on /metrics and /stats too.")
 
     compat: str = _setting(

@@ -21,6 +21,8 @@ class State:
     Attributes:
         phase: `starting`, `ready` or `draining`.
         inflight: requests in the house.
+        abandoned: requests that had to be given up at the end.
+        compute_type: of the header `x-compute-type`.
     """
 
     settings: Settings
@@ -30,18 +32,16 @@ class State:
     cache: Cache | None = None
     phase: str = "starting"
     inflight: int = 0
+    abandoned: int = 0
     started: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
+        # Where TEI says gpu+optimized on every device.
+        self.compute_type = f"{self.models[0].served.device.type}+optimized"
         self._by_name = {model.name: model for model in self.models}
         if len(self._by_name) < len(self.models):
             names = ", ".join(model.name for model in self.models)
             raise ValueError(f"two models have one name: {names}; give each its own --served-model-name")
-
-    @property
-    def compute_type(self) -> str:
-        """What `x-compute-type` says: the device, where TEI says gpu+optimized on every one."""
-        return f"{self.models[0].served.device.type}+optimized"
 
     def model(self, name: str | None) -> Model:
         """The model of a name; a lone model answers to every name, as TEI's does.

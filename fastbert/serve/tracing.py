@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from opentelemetry import trace
-from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
@@ -27,11 +26,13 @@ class Tracer:
     @classmethod
     def to(cls, endpoint: str, service_name: str) -> Tracer:
         """Spans go to a collector that speaks OTLP over gRPC, such as `http://localhost:4317`."""
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+
         return cls(service_name, OTLPSpanExporter(endpoint=endpoint, insecure=not endpoint.startswith("https")))
 
     def begin(self, call: Call) -> Any:
         """Start a request's span."""
-        parent = self._propagator.extract(dict(call.headers))
+        parent = self._propagator.extract(call.sent)
         attributes = {"http.request.method": call.method, "url.path": call.path, "request.id": call.id}
         name = f"{call.method} {call.path}"
         return self._tracer.start_span(name, parent, kind=trace.SpanKind.SERVER, attributes=attributes)

@@ -47,7 +47,7 @@ class World:
         """Join the job that torchrun's variables describe, or a process group that exists; else be alone.
 
         Raises:
-            ValueError: a device that this machine has not.
+            ValueError: a device that this machine has not, or a process group without gloo.
         """
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         place = _device(device, local_rank)
@@ -60,6 +60,11 @@ class World:
             owned = True
         if not dist.is_initialized():
             return cls(0, 1, place, timeout_s)
+        if "gloo" not in str(dist.get_backend_config()):
+            raise ValueError(
+                f"the process group's backend is {dist.get_backend()}, but numbers of the host travel by gloo: initialise "
+                "it with 'cpu:gloo,cuda:nccl', or leave that to train()"
+            )
         return cls(dist.get_rank(), dist.get_world_size(), place, timeout_s, owned)
 
     @property

@@ -56,7 +56,8 @@ def build_config(model_type: str, size: str, tokenizer: Tokenizer, seq_length: i
         fields |= {"num_attention_heads": hidden // 64}
     if model_type in ("roberta", "mpnet"):
         if pad is None or (model_type == "mpnet" and pad != 1):
-            raise ValueError(f"a {model_type} needs a padding token with {'id 1' if pad else 'an id'}, it is {pad}")
+            wanted = "with id 1" if model_type == "mpnet" else "to count positions from"
+            raise ValueError(f"{model_type} needs a padding token {wanted}, but the tokenizer's has id {pad}")
         positions += pad + 1
         fields |= {"layer_norm_eps": 1e-5, "bos_token_id": 0, "eos_token_id": 2}
     if model_type == "roberta":

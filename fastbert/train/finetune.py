@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastbert.hub import resolve
@@ -57,10 +59,12 @@ class Finetuning:
 
     def run(self) -> TrainResult:
         """Train; errors and what is left in the output folder are those of `fastbert.train.loop.train`."""
+        local = Path(self.name).exists()
+        name = Path(self.name).resolve().name if local else self.name
         card = Card(
-            title=Path(self.arguments.output_dir or self.name).name,
-            summary=f"{self.name} fine-tuned for {self.task.name} on {self.sources[0]}.",
-            base_model=self.name,
+            title=Path(self.arguments.output_dir or name).name,
+            summary=f"{name} fine-tuned for {self.task.name} on {Path(self.sources[0]).name}.",
+            base_model=None if local else name,
             pipeline_tag=self.task.pipeline_tag,
             library_name=self.task.library_name,
             datasets=[Path(name).name for name in self.sources],
@@ -129,6 +133,8 @@ def prepare(
     with torch.random.fork_rng([]):  # a fresh head is a function of the seed
         torch.manual_seed(arguments.seed)
         loaded = chosen.load(folder, tokenizer)
+    if chosen.loss_compares_items:
+        _expect_whole_batches(examples[0], arguments)
     evaluated = examples[1] if eval is not None else None
     names = tuple(table.name for table in tables)
     return Finetuning(str(model), chosen, loaded, tokenizer, examples[0], evaluated, arguments, names)
@@ -147,6 +153,18 @@ def _task(task: str | Task, arguments: FinetuneArguments) -> Task:
     if foreign := [name for name in arguments.of_task if name not in own]:
         raise ValueError(f"{foreign[0]} means nothing to the task {task}; it has {', '.join(own)}")
     return kind(**arguments.of_task)
+
+
+def _expect_whole_batches(examples: Examples, arguments: FinetuneArguments) -> None:
+    """Warn where a loss that compares the items of a forward pass would see only a part of a batch."""
+    items = arguments.items_or_tokens["batch_items"]
+    most = arguments.batch_tokens if items is None else int(np.sort(examples.lengths)[-items:].sum())
+    if most is not None and most > arguments.micro_tokens:
+        warnings.warn(
+            f"a batch may have {most:,} tokens but a forward pass takes {arguments.micro_tokens:,}: it is split then, "
+            "and texts are compared within the parts only. Raise micro_tokens, or make the batch smaller",
+            stacklevel=3,
+        )
 
 
 def _encoder_folder(folder: Path) -> Path:

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from rich.table import Table
 
-from fastbert.train.batch import TrainBatch
+from fastbert.train.batch import collate
 from fastbert.train.distributed import World
+from fastbert.train.estimate import Probe, probe, state_bytes
 from fastbert.train.examples import Examples
 from fastbert.train.feed import loader_of
 from fastbert.train.finetune import Finetuning, label_counts
+from fastbert.train.loader import Loader
+from fastbert.train.precision import choose_precision
 from fastbert.train.schedule import total_steps
 
-MAX_LABELS = 8
+MAX_LABELS = 8  # shown with their counts
+PROBE_TOKENS = {"cpu": 1024, "cuda": 16384}  # enough to keep the device busy, few enough to take seconds
 
 
 def plan_table(run: Finetuning) -> Table:
-    """Data, model, steps, memory and an estimate of the time, two columns."""
+    """Data, model, steps, memory and an estimate of the time, two columns; a few passes are computed for it."""
     table = Table(title=f"{run.name}, {run.task.name}", show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
@@ -57,8 +60,6 @@ def _model(run: Finetuning) -> Iterator[tuple[str, str]]:
     parameters = sum(p.numel() for p in run.model.parameters())
     yield "model", f"{type(run.model).__name__}, {parameters:,} parameters"
     yield "", f"sequences of at most {run.tokenizer.max_length} tokens"
-    # Weights, gradients and two moments of Adam, in fp32.
-    yield "memory", f"{16 * parameters / 1e6:,.0f} MB for weights, gradients and optimiser, and the activations"
 
 
 def _steps(run: Finetuning) -> Iterator[tuple[str, str]]:
@@ -66,28 +67,28 @@ def _steps(run: Finetuning) -> Iterator[tuple[str, str]]:
     loader = loader_of(run.train, run.model, run.task.objective(), arguments, world)
     batches = next(iter(loader.steps(0)))
     tokens = sum(batch.packed.num_tokens for batch in batches)
-    each = f"{len(batches)} forward of {tokens:,} tokens in all"
-    yield "steps", f"{loader.num_steps(0):,} an epoch, the first: {each}"
-    yield "padding saved", f"{loader.padding_saved:.0%} of what the first steps, padded, would compute"
-    rate = _tokens_per_second(run, batches[0], world.device)
+    passes = f"the first of {tokens:,} tokens in {len(batches)} forward pass{'es' if len(batches) > 1 else ''}"
+    yield "steps", f"{loader.num_steps(0):,} an epoch, {passes}"
+    yield "padding saved", f"{loader.padding_saved:.0%} of what the first step, padded, would compute"
+    found = _probe(run, loader, world.device)
+    passed = found.saved_bytes_per_token * max(batch.packed.num_tokens for batch in batches)
+    yield "memory", f"about {(state_bytes(run.model) + passed) / 1e6:,.0f} MB"
+    rate = f"{found.tokens_per_second:,.0f} tokens/s on {world.device}, measured"
     if arguments.budget_s is not None:
-        yield "time", f"{arguments.budget_s:,.0f} s by the budget; about {rate:,.0f} tokens/s on {world.device}"
+        yield "time", f"{arguments.budget_s:,.0f} s by the budget; {rate}"
     else:
         total = total_steps(loader, arguments)
-        seconds = total / loader.num_steps(0) * int(run.train.lengths.sum()) / rate
-        yield "", f"{total:,} in all"
-        yield "time", f"about {seconds:,.0f} s: {rate:,.0f} tokens/s on {world.device}, measured in one step"
+        tokens = total / loader.num_steps(0) * int(run.train.lengths.sum())
+        yield "time", f"about {tokens / found.tokens_per_second:,.0f} s for {total:,} steps; {rate}"
 
 
-def _tokens_per_second(run: Finetuning, batch: TrainBatch, device: torch.device) -> float:
-    """Of forward and backward passes of one batch, without an update; the first pass warms up."""
-    model, objective, batch = run.model.to(device).train(), run.task.objective(), batch.to(device)
-    seconds = 0.0
-    for _ in range(2):
-        start = time.perf_counter()
-        loss, _ = objective(model, batch)
-        loss.backward()
-        float(loss.detach())  # waits for a GPU
-        seconds = time.perf_counter() - start
-        model.zero_grad(set_to_none=True)
-    return batch.packed.num_tokens / seconds
+def _probe(run: Finetuning, loader: Loader, device: torch.device) -> Probe:
+    """A measurement with the first items of the first step, as many as it takes."""
+    items = loader.items(0, 0)
+    few = items[
+        : max(1, int((run.train.lengths[items].cumsum() <= PROBE_TOKENS.get(device.type, 4096)).sum()))
+    ].tolist()
+    objective, offset = run.task.objective(), run.model.base_model.position_offset
+    batch = collate([run.train[i] for i in few], few, 0, offset, objective.token_fields)
+    with torch.random.fork_rng([]):
+        return probe(run.model, objective, batch, device, choose_precision(run.arguments, device))

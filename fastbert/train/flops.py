@@ -46,17 +46,23 @@ def model_flops(model: nn.Module) -> ModelFlops:
 
 
 def matmul_roof(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product on `device`, measured in a fraction of a second."""
-    n = 4096 if device.type == "cuda" else 1024
-    x = torch.ones(n, n, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(4):  # the first warms up
-        _wait(device)
-        start = time.perf_counter()
-        torch.mm(x, x)
-        _wait(device)
-        best = min(best, time.perf_counter() - start)
-    return 2.0 * n**3 / best
+    """FLOP/s of a large matrix product on `device`, measured in a fraction of a second, however slow the dtype is."""
+    best = 0.0
+    for n in (256, 512, 1024) if device.type == "cpu" else (1024, 4096, 8192):
+        x = torch.ones(n, n, device=device, dtype=dtype)
+        seconds = min(_product_seconds(x) for _ in range(4))  # the first warms up
+        best = max(best, 2.0 * n**3 / seconds)
+        if seconds > 0.05:
+            break
+    return best
+
+
+def _product_seconds(x: torch.Tensor) -> float:
+    _wait(x.device)
+    start = time.perf_counter()
+    torch.mm(x, x)
+    _wait(x.device)
+    return time.perf_counter() - start
 
 
 def _wait(device: torch.device) -> None:

@@ -29,7 +29,7 @@ from fastbert.train.layers import checkpointing
 from fastbert.train.objectives.loss import Objective
 from fastbert.train.outcome import TrainResult, evaluation, explain, leave_folder, model_writer, run_metrics
 from fastbert.train.precision import widen
-from fastbert.train.report import Report
+from fastbert.train.report import Report, describe
 from fastbert.train.saving import Saver, Start, restore
 from fastbert.train.schedule import build_schedule, total_steps
 from fastbert.train.stepper import Agreed, NonFinite, Stepper, agree
@@ -112,6 +112,7 @@ class _Run:
         self.position = self.start.position
         self.clock = Clock(self.position.elapsed_s)
         self.loader = loader_of(data, model, objective, arguments, world)
+        self.start.check_data(self.loader)
         self.total = None if arguments.budget_s else total_steps(self.loader, arguments)
         self.schedule = build_schedule(arguments, self.total)
         widen(model.to(world.device))
@@ -208,8 +209,9 @@ class _Run:
             self._save()
 
     def _record(self, values: Mapping[str, float]) -> None:
-        epoch = self.position.epoch + self.position.epoch_step / max(1, self.loader.num_steps(self.position.epoch))
-        self.report.write({"step": self.position.step, "epoch": round(epoch, 4), **values})
+        epoch, done = self.position.epoch, self.position.epoch_step
+        share = done / self.loader.num_steps(epoch) if done else 0.0
+        self.report.write({"step": self.position.step, "epoch": round(epoch + share, 4), **values})
 
     def _flush(self) -> None:
         """A line of the log for the steps since the last one."""
@@ -253,7 +255,7 @@ class _Run:
         if self.root is not None:
             with self.clock.paused():
                 self.position.elapsed_s = self.clock.seconds
-                self.saver(self.position, self.report.history)
+                self.saver(self.position, self.report.history, self.loader.num_steps(0))
 
     def _interrupted(self, interrupt: Interrupt, number: int) -> None:
         self._flush()
@@ -276,6 +278,8 @@ class _Run:
         result = TrainResult(model.eval(), self.position.step, ended, metrics, self.report.history, best)
         if self.root is not None and self.world.is_first:
             leave_folder(self.root, result, self.save, self.card, self.arguments, self.report.say)
+        place = f"  {self.root}" if self.root is not None else ""
+        self.report.say(f"{ended}  {describe(metrics)}{place}")
         return result
 
     def _introduce(self) -> None:

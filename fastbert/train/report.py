@@ -64,7 +64,7 @@ class Report:
     def _rewritten_log(self, folder: Path) -> Any:
         """The log holds what the run that continues holds: lines that a killed run wrote past it are gone."""
         path, scratch = folder / LOG, folder / f".{LOG}"
-        scratch.write_text("".join(_line(record) for record in self.history), encoding="utf-8")
+        scratch.write_text("".join(json.dumps(record) + "\n" for record in self.history), encoding="utf-8")
         os.replace(scratch, path)
         return path.open("a", encoding="utf-8")
 
@@ -78,10 +78,11 @@ class Report:
             self._live.update(self._task, completed=step)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """A record: to the history, the log, TensorBoard and the screen."""
-        self.history.append(dict(record))
+        """A record: to the history, the log, TensorBoard and the screen; JSON has no NaN, so that becomes None."""
+        record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self.history.append(record)
         if self._log is not None:
-            self._log.write(_line(record))
+            self._log.write(json.dumps(record) + "\n")
             self._log.flush()
         if self._board is not None:
             for name, value in record.items():
@@ -126,12 +127,6 @@ def describe(record: Mapping[str, Any]) -> str:
         else:
             parts.append(f"{name.replace('_', ' ')} {value:.4g}")
     return "  ".join(parts)
-
-
-def _line(record: Mapping[str, Any]) -> str:
-    """JSON knows no NaN: what is not finite becomes null."""
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-    return json.dumps(finite) + "\n"
 
 
 def _tensorboard(folder: Path, start: int, report_to: str) -> Any:

@@ -79,6 +79,7 @@ class Start:
         history: records of the log until there.
         scaler: state of the loss scale.
         changed: settings that differ from the run that wrote it, as text.
+        epoch_steps: steps of the first epoch then.
     """
 
     position: Position
@@ -86,6 +87,15 @@ class Start:
     history: tuple[dict[str, Any], ...] = ()
     scaler: Mapping[str, Any] | None = None
     changed: tuple[str, ...] = ()
+    epoch_steps: int | None = None
+
+    def check_data(self, loader: Any) -> None:
+        """Raise ValueError where the data is not what the run began with."""
+        if self.epoch_steps is not None and loader.num_steps(0) != self.epoch_steps:
+            raise ValueError(
+                f"the data is not what {self.folder} was trained on: its first epoch had {self.epoch_steps} steps, now "
+                f"it has {loader.num_steps(0)}. Give the old data, or start anew in another output_dir"
+            )
 
     @classmethod
     def find(cls, checkpoints: Checkpoints | None, arguments: TrainArguments, world: World) -> Start:
@@ -109,7 +119,8 @@ class Start:
             )
         state = read_json(folder / STATE)
         changed = _compare(state["arguments"], asdict(arguments), folder)
-        return cls(Position(**state["position"]), folder, tuple(state["log_history"]), state["scaler"], changed)
+        history, steps = tuple(state["log_history"]), state["epoch_steps"]
+        return cls(Position(**state["position"]), folder, history, state["scaler"], changed, steps)
 
 
 def _compare(then: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> tuple[str, ...]:
@@ -148,8 +159,11 @@ class Saver:
         self._save = save
         self.last: int | None = None
 
-    def __call__(self, position: Position, history: list[dict[str, Any]]) -> None:
+    def __call__(self, position: Position, history: list[dict[str, Any]], epoch_steps: int) -> None:
         """Write `checkpoint-<step>`, unless this step has one already. All ranks must call it.
+
+        Args:
+            epoch_steps: steps of the first epoch, by which other data is told when the run continues.
 
         Raises:
             CheckpointError: it could not be written.
@@ -167,6 +181,7 @@ class Saver:
                     "arguments": asdict(self.arguments),
                     "scaler": self.stepper.scaler.state_dict(),
                     "ranks": self.world.size,
+                    "epoch_steps": epoch_steps,
                     "log_history": history,
                 }
                 write = partial(self._write, model=model, tensors=tensors)

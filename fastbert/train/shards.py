@@ -30,6 +30,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from fastbert.corpus import CorpusError
 from fastbert.tokenizer import Tokenizer
 from fastbert.train.documents import Texts
+from fastbert.train.shard_writer import Shard, ShardJob, arrow, write_shard
 
 SHARD_CHARACTERS = 1 << 24  # text of a shard: some 4 million tokens, 8 MB
 MANIFEST, SENTENCES, DOCUMENTS = "manifest.json", "sentences.npy", "documents.npy"
@@ -157,28 +158,9 @@ def build_shards(
     return Shards.open(folder)
 
 
-@dataclass(frozen=True)
-class _Job:
-    """A shard to make: its file, its text, `tokenizer.json`'s content, ids there are."""
-
-    path: str
-    documents: list[list[str]]
-    tokenizer: str
-    num_ids: int
-
-
-@dataclass(frozen=True)
-class _Made:
-    """A finished shard: tokens of each sentence, sentences of each document."""
-
-    name: str
-    sentences: np.ndarray
-    documents: np.ndarray
-
-
 def _tokenised(
     texts: Texts, tokenizer: Tokenizer, folder: Path, num_workers: int, show: bool, shard_characters: int
-) -> Iterator[_Made]:
+) -> Iterator[Shard]:
     """Read here, tokenise in workers; shards come in the order of the texts."""
     definition = tokenizer.backend.to_str()
     columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
@@ -186,24 +168,26 @@ def _tokenised(
     with Progress(*columns, console=console, transient=True, disable=not (show and console.is_terminal)) as progress:
         task, num_tokens = progress.add_task("tokenising", total=1.0), 0
 
-        def told(made: _Made, done: float) -> _Made:
+        def told(made: Shard, done: float) -> Shard:
             nonlocal num_tokens
             num_tokens += int(made.sentences.sum())
             progress.update(task, completed=done, description=f"{num_tokens:,} tokens")
             return made
 
         jobs = (
-            (_Job(str(folder / f"tokens-{i:05d}.arrow"), documents, definition, tokenizer.num_ids), done)
+            (ShardJob(str(folder / f"tokens-{i:05d}.arrow"), documents, definition, tokenizer.num_ids), done)
             for i, (documents, done) in enumerate(_chunks(texts, shard_characters))
         )
         if num_workers == 1:
             for job, done in jobs:
-                yield told(_write_shard(job), done)
+                yield told(write_shard(job), done)
             return
-        waiting: deque[tuple[Future[_Made], float]] = deque()
-        with ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn")) as pool:
+        waiting: deque[tuple[Future[Shard], float]] = deque()
+        alone = ("TOKENIZERS_PARALLELISM", "false")  # a worker is one thread
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(num_workers, context, os.environ.setdefault, alone) as pool:
             for job, done in jobs:
-                waiting.append((pool.submit(_write_shard, job), done))
+                waiting.append((pool.submit(write_shard, job), done))
                 if len(waiting) > 2 * num_workers:  # texts that wait are in memory
                     future, done = waiting.popleft()
                     yield told(future.result(), done)
@@ -224,42 +208,8 @@ def _chunks(texts: Texts, shard_characters: int) -> Iterator[tuple[list[list[str
         yield chunk, done
 
 
-def _write_shard(job: _Job) -> _Made:
-    pyarrow, documents = _arrow(), job.documents
-    backend = tokenizers.Tokenizer.from_str(job.tokenizer)
-    backend.no_truncation()
-    sentences = [sentence for document in documents for sentence in document]
-    ids = [encoding.ids for encoding in backend.encode_batch_fast(sentences, add_special_tokens=False)]
-    lengths = np.fromiter(map(len, ids), np.int64, len(ids))
-    owner = np.repeat(np.arange(len(documents)), [len(document) for document in documents])
-    kept = lengths > 0
-    per_document = np.bincount(owner[kept], minlength=len(documents))
-    counts = per_document[per_document > 0]
-    lengths = lengths[kept]
-    flat = np.concatenate([np.empty(0, np.int64), *[np.asarray(part) for part in ids if part]])
-    flat = flat.astype(np.uint16 if job.num_ids <= 1 << 16 else np.int32)
-    bounds = np.concatenate([[0], counts.cumsum()])
-    token_bounds = np.concatenate([[0], lengths.cumsum()])[bounds]
-    columns = {
-        "input_ids": pyarrow.LargeListArray.from_arrays(token_bounds, pyarrow.array(flat)),
-        "sentence_lengths": pyarrow.LargeListArray.from_arrays(bounds, pyarrow.array(lengths.astype(np.int32))),
-    }
-    batch = pyarrow.record_batch(columns)
-    with pyarrow.OSFile(job.path, "wb") as file, pyarrow.ipc.new_stream(file, batch.schema) as writer:
-        writer.write_batch(batch)
-    return _Made(Path(job.path).name, lengths, counts)
-
-
 def _map_tokens(path: Path) -> np.ndarray:
     """All token ids of a shard, as a view of the file."""
-    pyarrow = _arrow()
+    pyarrow = arrow()
     batch: Any = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))).read_next_batch()
     return batch.column("input_ids").values.to_numpy(zero_copy_only=True)
-
-
-def _arrow() -> Any:
-    try:
-        import pyarrow
-    except ImportError as error:
-        raise ImportError("shards are Arrow files and need pyarrow: pip install 'fastbert-engine[train]'") from error
-    return pyarrow

@@ -38,7 +38,7 @@ def misfit(found: Any, pattern: Any, place: str = "answer") -> str | None:
         if not isinstance(found, list) or len(found) != len(pattern):
             size = len(found) if isinstance(found, list) else type(found).__name__
             return f"{place} has {size}, expected a list of {len(pattern)}"
-        return _first(misfit(f, p, f"{place}[{i}]") for i, (f, p) in enumerate(zip(found, pattern)))
+        return _first(misfit(f, p, f"{place}[{i}]") for i, (f, p) in enumerate(zip(found, pattern, strict=True)))
     same = type(found) is type(pattern) and found == pattern
     return None if same else f"{place} is {found!r}, expected {pattern!r}"
 
@@ -88,7 +88,8 @@ def _close(found: Any, pattern: dict[str, Any], place: str) -> str | None:
         if not isinstance(found, list) or len(found) < len(wanted):
             return f"{place} is {found!r:.80}, expected a list that begins with {wanted}"
         return _first(
-            _close(f, {"value": w, "within": within}, f"{place}[{i}]") for i, (f, w) in enumerate(zip(found, wanted))
+            _close(number, {"value": goal, "within": within}, f"{place}[{i}]")
+            for i, (number, goal) in enumerate(zip(found, wanted, strict=False))
         )
     fits = isinstance(found, (int, float)) and abs(found - wanted) <= within
     return None if fits else f"{place} is {found!r}, expected {wanted} within {within}"

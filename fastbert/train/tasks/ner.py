@@ -23,7 +23,7 @@ from fastbert.train.examples import Examples
 from fastbert.train.objectives.heads import TokenClassification
 from fastbert.train.tables import Table
 from fastbert.train.tasks.labels import at_least_two, choose_names, unknown_label
-from fastbert.train.tasks.task import WINDOW, Task
+from fastbert.train.tasks.task import WINDOW, Task, valid
 
 IGNORED = -100
 OUTSIDE = "O"
@@ -90,7 +90,8 @@ class WordTagging(Task):
 
     def examples(self, table: Table, tokenizer: Tokenizer) -> Examples:
         """One sequence a sentence; labels -100 where a piece bears none."""
-        words, tags = self._rows(table)
+        rows, tags = self._rows(table)
+        words = [[valid(word) for word in row] for row in rows]
         labels = self.labels or ()
         ids_of = {name: i for i, name in enumerate(labels)}
         ids: list[list[int]] = []

@@ -22,7 +22,7 @@ from fastbert.train.batch import TrainBatch
 from fastbert.train.examples import Examples
 from fastbert.train.objectives.heads import QuestionAnswering
 from fastbert.train.tables import Table
-from fastbert.train.tasks.task import WINDOW, Task
+from fastbert.train.tasks.task import WINDOW, Task, valid
 
 N_BEST = 20  # starts and ends of a window that are combined, as in SQuAD's baseline
 
@@ -74,7 +74,7 @@ class Answering(Task):
 
     def examples(self, table: Table, tokenizer: Tokenizer) -> Examples:
         """One item a window: first and last token of the answer, 0 (the first token) where it is not in the window."""
-        contexts = table.texts(self.context_column, "context-column")
+        contexts = [valid(text) for text in table.texts(self.context_column, "context-column")]
         questions = self._questions(table, tokenizer)
         answers = self._answers(table)
         backend = self._windowed(tokenizer)
@@ -106,14 +106,13 @@ class Answering(Task):
 
     def _questions(self, table: Table, tokenizer: Tokenizer) -> list[str]:
         """Questions cut to `max_query_length` tokens."""
-        questions = table.texts(self.question_column, "question-column")
+        questions = [valid(text).strip() for text in table.texts(self.question_column, "question-column")]
         backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
         backend.no_truncation()
-        encodings = backend.encode_batch([q.strip() for q in questions], add_special_tokens=False)
+        encodings = backend.encode_batch(questions, add_special_tokens=False)
         limit = self.max_query_length
         return [
-            q.strip() if len(e) <= limit else q.strip()[: e.offsets[limit - 1][1]]
-            for q, e in zip(questions, encodings, strict=True)
+            q if len(e) <= limit else q[: e.offsets[limit - 1][1]] for q, e in zip(questions, encodings, strict=True)
         ]
 
     def _windowed(self, tokenizer: Tokenizer) -> tokenizers.Tokenizer:

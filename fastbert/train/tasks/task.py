@@ -109,6 +109,11 @@ def _fits(family: type[PreTrainedModel], saved: Config, config: Config) -> bool:
     return len(names) == len(wanted) and (unnamed or names == wanted)
 
 
+def valid(text: str) -> str:
+    """The text with lone surrogates, which JSON may hold and UTF-8 may not, as U+FFFD; no character moves."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def tokenize(tokenizer: Tokenizer, texts: Sequence[Text]) -> tuple[list[list[int]], list[list[int]] | None, int]:
     """(ids, segments, number of texts that were cut) of any number of texts or pairs."""
     ids: list[list[int]] = []

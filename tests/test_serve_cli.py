@@ -1,0 +1,162 @@
+"""`fastbert serve` as a process: its options, its environment, and its end under load."""
+
+from __future__ import annotations
+
+import dataclasses
+import http.client
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+
+import pytest
+from typer.testing import CliRunner
+
+from fastbert.cli import app
+from fastbert.serve.settings import Settings
+
+
+@contextmanager
+def process(*arguments, **environment):
+    """A server on a free port, with the URL it announced."""
+    command = [sys.executable, "-m", "fastbert", "serve", *map(str, arguments), "--port", "0", "--no-warmup"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    lines: list[str] = []
+    ready = threading.Event()
+
+    def read():
+        for line in child.stderr:
+            lines.append(line)
+            if " ready at " in line:
+                ready.set()
+        ready.set()
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    try:
+        assert ready.wait(120), "no word from the server"
+        found = re.search(r"ready at http://([0-9.]+):(\d+)", "".join(lines))
+        assert found, "".join(lines)
+        child.lines, child.host, child.port, child.reader = lines, found[1], int(found[2]), reader
+        yield child
+    finally:
+        child.kill()
+        child.wait()
+
+
+class Client(threading.Thread):
+    """Asks on one connection after another until nobody listens any more, and keeps count."""
+
+    def __init__(self, port):
+        super().__init__(daemon=True)
+        self.port, self.answered, self.lost, self.refused = port, 0, [], False
+
+    def run(self):
+        body = json.dumps({"inputs": ["a text of some words " * 12] * 4})
+        while True:
+            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+            try:
+                connection.connect()
+            except ConnectionRefusedError:
+                self.refused = True
+                return
+            try:
+                while True:
+                    connection.request("POST", "/embed", body, {"content-type": "application/json"})
+                    response = connection.getresponse()
+                    vectors = json.loads(response.read())
+                    if response.status != 200 or len(vectors) != 4:
+                        self.lost.append(response.status)
+                    self.answered += 1
+                    if response.getheader("connection") == "close":
+                        break
+            except (OSError, http.client.HTTPException) as error:
+                self.lost.append(repr(error))
+            finally:
+                connection.close()
+
+
+def test_sigterm_under_load_loses_nothing(minilm):
+    with process(minilm, "--drain-grace-s", 0.5) as child:
+        clients = [Client(child.port) for _ in range(8)]
+        for client in clients:
+            client.start()
+        end = time.monotonic() + 60
+        while sum(client.answered for client in clients) < 20 and time.monotonic() < end:
+            time.sleep(0.02)
+        child.send_signal(signal.SIGTERM)
+        # Whoever asks learns that no more should come, while everything is still answered.
+        connection = http.client.HTTPConnection("127.0.0.1", child.port, timeout=60)
+        connection.request("GET", "/ready")
+        assert connection.getresponse().status == 503
+        assert child.wait(60) == 0
+        for client in clients:
+            client.join(60)
+    child.reader.join(10)
+    assert [client.lost for client in clients] == [[]] * len(clients)
+    assert all(client.refused for client in clients)
+    assert sum(client.answered for client in clients) >= 20
+    assert "stopped\n" in child.lines[-1]
+
+
+def test_flags_and_environment_of_text_embeddings_inference(minilm):
+    flags = ["--model-id", minilm, "--hostname", "127.0.0.1", "--max-batch-tokens", 4096, "--auto-truncate",
+             "--prometheus-port", 9000, "--json-output", "--dtype", "float32"]  # fmt: skip
+    environment = {
+        "MAX_CLIENT_BATCH_SIZE": "7",
+        "API_KEY": "from-env",
+        "SERVED_MODEL_NAME": "named",
+        "HOSTNAME": "elsewhere",
+    }
+    with process(*flags, **environment) as child:
+        connection = http.client.HTTPConnection(child.host, child.port, timeout=60)
+        connection.request("GET", "/info", headers={"authorization": "Bearer from-env", "x-request-id": "one"})
+        info = json.loads(connection.getresponse().read())
+        connection.request("GET", "/info")
+        assert connection.getresponse().status == 401
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(60) == 0
+    child.reader.join(10)
+    assert info["max_batch_tokens"] == 4096
+    assert info["max_client_batch_size"] == 7
+    assert info["served_model_name"] == "named"
+    assert info["auto_truncate"] is True
+    note, *rest = child.lines
+    assert note.startswith("--prometheus-port does nothing: metrics are at /metrics")
+    lines = [json.loads(line) for line in rest]
+    assert any(line.get("request_id") == "one" and line["status"] == 200 for line in lines)
+    assert "from-env" not in "".join(child.lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "name a model"),
+        (["no/such/model"], "was not found"),
+        (["MODEL", "--auto-truncate", "true"], "flags take no value"),
+        (["MODEL", "--compat", "tgi"], "compat is 'tgi'; it is one of openai, tei"),
+        (["MODEL", "--ssl-certfile", "x.pem"], "TLS needs both files"),
+        (["MODEL", "--api-key", ""], "an API key is empty"),
+        (["MODEL", "--served-model-name", "a", "--served-model-name", "b"], "2 served model names for 1 models"),
+        (["MODEL", "--dtype", "float8"], "float8"),
+        (["MODEL", "--port", "99999"], "65535"),
+    ],
+)
+def test_bad_input_is_said(minilm, arguments, said):
+    given = [str(minilm) if argument == "MODEL" else argument for argument in arguments]
+    result = CliRunner().invoke(app, ["serve", *given])
+    assert result.exit_code != 0
+    assert said in " ".join(re.sub(r"[│\s]+", " ", result.output).split())
+
+
+def test_every_setting_has_an_option():
+    help = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "200"}).output
+    for field in dataclasses.fields(Settings):
+        assert "--" + field.name.replace("_", "-") in help, field.name
+    assert CliRunner().invoke(app, ["serve", "--help"]).exit_code == 0
