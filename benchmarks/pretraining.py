@@ -140,7 +140,8 @@ def measure(objective: str, texts: Path, root: Path, told: argparse.Namespace) -
         model_type=FAMILIES[objective], size=told.size, vocab_size=told.vocab_size, seq_length=told.seq_length,
         objective=objective, dupe_factor=4 if "+" in objective else 1, max_steps=told.steps,
         batch_tokens=told.batch_tokens, micro_tokens=told.batch_tokens, learning_rate=told.lr,
-        eval_steps=told.eval_steps, logging_steps=max(1, told.eval_steps // 5), save_strategy="no", overwrite=True, seed=1,
+        eval_steps=told.eval_steps, logging_steps=max(1, told.eval_steps // 5), save_strategy="no", overwrite=True,
+        seed=1,
     )  # fmt: skip
     result = run.run()
     metrics = result.metrics

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from fastbert.swap import FastbertFallbackWarning, accelerate, accelerated, restore
     from fastbert.train.finetune import finetune
     from fastbert.train.pretrain import pretrain
-    from fastbert.train.finetune import finetune
 
 __version__ = "0.1.0"
 
@@ -28,7 +27,6 @@ _HOMES = {
     "PackedBatch": "packing",
     "accelerate": "swap",
     "accelerated": "swap",
-    "finetune": "train.finetune",
     "finetune": "train.finetune",
     "pack": "packing",
     "pack_padded": "packing",
@@ -44,7 +42,6 @@ __all__ = [
     "PackedBatch",
     "accelerate",
     "accelerated",
-    "finetune",
     "finetune",
     "pack",
     "pack_padded",

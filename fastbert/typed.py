@@ -25,7 +25,7 @@ def is_a(value: Any, kind: Any) -> bool:
         return isinstance(value, Mapping) and all(is_a(k, parts[0]) and is_a(v, parts[1]) for k, v in value.items())
     if isinstance(origin, type):
         elements = parts[0] if parts else Any
-        return isinstance(value, origin) and all(is_a(element, elements) for element in value)
+        return isinstance(value, (list, tuple)) and isinstance(value, origin) and all(is_a(v, elements) for v in value)
     if kind is Any or not isinstance(kind, type):
         return True
     if kind in (int, float) and (isinstance(value, bool) or (isinstance(value, int) and abs(value) >= _MOST)):

@@ -22,6 +22,7 @@ if importlib.util.find_spec("ray") is None:
     pytest.skip("pip install 'fastbert-engine[ray]' (some 450 MB)", allow_module_level=True)
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(16))  # else Ray writes one into the home folder
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "120")  # a busy machine takes its time
 
 import ray
 from ray import serve

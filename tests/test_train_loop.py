@@ -370,7 +370,7 @@ def test_early_stopping_and_best(tmp_path):
 
 
 def test_evaluation_sees_the_weights_of_its_step():
-    """In `eval()` without autograd an engine may compute: it must not hold on to the weights of an evaluation before."""
+    """In `eval()` without autograd an engine may compute: it must not hold on to earlier weights."""
     seen = []
 
     def evaluate(model):
@@ -403,6 +403,17 @@ def test_unknown_metric():
     given = arguments(early_stopping_patience=1, metric_for_best_model="f1")
     with pytest.raises(ValueError, match=r"'eval_f1', but the evaluation gives eval_loss"):
         train(classifier(), SequenceClassification(), Steps(items()), given, evaluate=lambda model: {"loss": 1.0})
+
+
+def test_best_without_evaluation():
+    with pytest.raises(ValueError, match="early_stopping_patience is 2, but there is nothing to evaluate on"):
+        train(classifier(), SequenceClassification(), Steps(items()), arguments(early_stopping_patience=2))
+
+
+def test_best_that_is_never_found(tmp_path):
+    given = arguments(output_dir=str(tmp_path), load_best_model_at_end=True)
+    with pytest.raises(FileNotFoundError, match="no evaluation gave a finite eval_loss"):
+        train(classifier(), SequenceClassification(), Steps(items()), given, evaluate=lambda m: {"loss": float("nan")})
 
 
 def test_nan_stops_and_keeps_the_batch(tmp_path):

@@ -27,8 +27,11 @@ class Computes(Protocol):
     """
 
     outputs: frozenset[str]
-    position_offset: int
     batch_tokens: int
+
+    @property
+    def position_offset(self) -> int:
+        """Position of each sequence's first token."""
 
     @property
     def max_length(self) -> int:

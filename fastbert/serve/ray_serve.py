@@ -71,4 +71,4 @@ def application(models: str | Sequence[str], settings: Settings | None = None, *
 
     # Ray sends a replica five requests at a time unless told otherwise: no batch would ever be full.
     options = {"name": "fastbert", "max_ongoing_requests": settings.max_concurrent_requests, **deployment}
-    return serve.deployment(Encoders, **options).bind()
+    return serve.deployment(**options)(Encoders).bind()

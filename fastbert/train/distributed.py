@@ -62,8 +62,8 @@ class World:
             return cls(0, 1, place, timeout_s)
         if "gloo" not in str(dist.get_backend_config()):
             raise ValueError(
-                f"the process group's backend is {dist.get_backend()}, but numbers of the host travel by gloo: initialise "
-                "it with 'cpu:gloo,cuda:nccl', or leave that to train()"
+                f"the process group's backend is {dist.get_backend()}, but numbers of the host travel by gloo: "
+                "initialise it with 'cpu:gloo,cuda:nccl', or leave that to train()"
             )
         return cls(dist.get_rank(), dist.get_world_size(), place, timeout_s, owned)
 
@@ -158,6 +158,9 @@ class Spread:
         self.model, self.world = model, world
         self.sharded = world.size > 1 and strategy == "fsdp"
         self.step: nn.Module = Step(model, objective)
+        if self.sharded:  # fresh weights are rank 0's, as under DDP
+            for tensor in [*model.parameters(), *model.buffers()]:
+                dist.broadcast(tensor.detach(), 0)
         self._copy = copy.deepcopy(model).cpu() if self.sharded else None
         if self.sharded:
             mesh = dist.init_device_mesh(world.device.type, (world.size,))

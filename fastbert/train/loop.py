@@ -54,7 +54,7 @@ def train(
     The same call runs on one device, and in every process of a job that torchrun started. Weights are kept in fp32
     (narrower ones are widened). With an `output_dir` it leaves checkpoints and `log.jsonl` on the way, and in the end
     the model, `metrics.json`, curves and a model card; SIGTERM and Ctrl-C end it after the step it is in, with a
-    checkpoint.
+    checkpoint. All processes of a job must see that folder: rank 0 writes it, all read it.
 
     Args:
         model: trained in place. What the checkpoints hold must be able to come back into it: a `PreTrainedModel`, or
@@ -104,6 +104,9 @@ class _Run:
     ) -> None:
         self.arguments, self.world, self.save, self.card = arguments, world, save, card
         self.evaluate = None if arguments.eval_strategy == "no" else evaluate
+        for name in ("load_best_model_at_end", "early_stopping_patience"):
+            if getattr(arguments, name) and evaluate is None:
+                raise ValueError(f"{name} is {getattr(arguments, name)!r}, but there is nothing to evaluate on")
         self.root = Path(arguments.output_dir) if arguments.output_dir else None
         self.checkpoints = None
         if self.root is not None and world.is_first:
@@ -265,22 +268,27 @@ class _Run:
         interrupt.leave(number)
 
     def _conclude(self, ended: str) -> TrainResult:
-        model, step, best = self.spread.settle(self.stepper.averages), self.position.step, None
-        if self.root is not None and self.position.best_step is not None:
-            folder = self.root / f"checkpoint-{self.position.best_step}"
-            best = folder if folder.is_dir() else None
-        if self.arguments.load_best_model_at_end and best is not None:
+        model, step, best = self.spread.settle(self.stepper.averages), self.position.step, self._best()
+        if self.arguments.load_best_model_at_end:
+            if best is None:
+                name = _prefixed(self.arguments.metric_for_best_model)
+                raise FileNotFoundError(
+                    f"no evaluation gave a finite {name}, or the checkpoint of the best one is gone"
+                )
             step = step_of(best)
             read_model(model, best)
             fill(model, read_averages(best))
-        seconds, tokens = self.clock.seconds, self.position.num_tokens
-        metrics = run_metrics(self.report.history, seconds, tokens, step)
+        metrics = run_metrics(self.report.history, self.clock.seconds, self.position.num_tokens, step)
         result = TrainResult(model.eval(), self.position.step, ended, metrics, self.report.history, best)
         if self.root is not None and self.world.is_first:
             leave_folder(self.root, result, self.save, self.card, self.arguments, self.report.say)
-        place = f"  {self.root}" if self.root is not None else ""
-        self.report.say(f"{ended}  {describe(metrics)}{place}")
+        self.report.say("  ".join([ended, describe(metrics), *([str(self.root)] if self.root else [])]))
         return result
+
+    def _best(self) -> Path | None:
+        """The checkpoint of the best evaluation, if there is one."""
+        folder = self.root / f"checkpoint-{self.position.best_step}" if self.root is not None else None
+        return folder if folder is not None and folder.is_dir() else None
 
     def _introduce(self) -> None:
         length = f"{self.total} steps" if self.total is not None else f"{self.arguments.budget_s:g} s"

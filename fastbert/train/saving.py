@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -118,13 +119,13 @@ class Start:
                 f"{folder.parent} already has {folder.name}: resume continues that run, overwrite discards it"
             )
         state = read_json(folder / STATE)
-        changed = _compare(state["arguments"], asdict(arguments), folder)
+        changed = _compare(state["arguments"], _plain(arguments), folder)
         history, steps = tuple(state["log_history"]), state["epoch_steps"]
         return cls(Position(**state["position"]), folder, history, state["scaler"], changed, steps)
 
 
 def _compare(then: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> tuple[str, ...]:
-    changed = {name: (then[name], now[name]) for name in now if name in then and _plain(now[name]) != then[name]}
+    changed = {name: (then[name], now[name]) for name in now if name in then and now[name] != then[name]}
     for name in _BINDING:
         if name in changed:
             raise ValueError(
@@ -134,9 +135,9 @@ def _compare(then: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> t
     return tuple(f"{name} was {a!r}, now {b!r}" for name, (a, b) in changed.items() if name not in _FREE)
 
 
-def _plain(value: Any) -> Any:
-    """As JSON gives it back."""
-    return list(value) if isinstance(value, tuple) else value
+def _plain(arguments: TrainArguments) -> dict[str, Any]:
+    """Arguments as JSON gives them back."""
+    return json.loads(json.dumps(asdict(arguments), default=str))
 
 
 class Saver:
@@ -178,7 +179,7 @@ class Saver:
             if self.checkpoints is not None:
                 state = {
                     "position": asdict(position),
-                    "arguments": asdict(self.arguments),
+                    "arguments": _plain(self.arguments),
                     "scaler": self.stepper.scaler.state_dict(),
                     "ranks": self.world.size,
                     "epoch_steps": epoch_steps,
