@@ -75,7 +75,7 @@ class Work:
     def make(cls, exact: Embedder, texts: Sequence[str], texts_a_request: int) -> Work:
         """Split texts into requests."""
         parts = [list(texts[i : i + texts_a_request]) for i in range(0, len(texts), texts_a_request)]
-        vectors = exact.encode(texts, normalize_embeddings=True)
+        vectors = exact_vectors(exact, texts)
         return cls(parts, [vectors[i : i + texts_a_request] for i in range(0, len(texts), texts_a_request)])
 
     def plan(self, server: servers.Server, clients: int, seconds: float, rate: float | None = None) -> load.Plan:
@@ -102,12 +102,17 @@ class Work:
         return found
 
 
+def exact_vectors(exact: Embedder, texts: Sequence[str]) -> np.ndarray:
+    """Unit vectors of texts, (N, D); long texts are cut, as the servers cut them."""
+    return exact.encode_with_stats(texts, normalize_embeddings=True).vectors.numpy()
+
+
 def encode_rate(embedder: Embedder, texts: Sequence[str], at_once: int, seconds: float) -> float:
     """Texts a second of `Embedder.encode`, called with so many texts at once, again and again."""
     calls, start = 0, time.perf_counter()
     while (spent := time.perf_counter() - start) < seconds:
         begin = calls * at_once % len(texts)
-        embedder.encode((list(texts) * 2)[begin : begin + at_once], normalize_embeddings=True)
+        embedder.encode_with_stats((list(texts) * 2)[begin : begin + at_once], normalize_embeddings=True)
         calls += 1
     return calls * at_once / spent
 

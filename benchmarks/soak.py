@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks import load, servers
 from benchmarks.encoder import WORDS, real_texts
-from benchmarks.server import MODEL_NAME, Work, saturate
+from benchmarks.server import MODEL_NAME, Work, exact_vectors, saturate
 from fastbert import Embedder
 from fastbert.hub import DEFAULT_MODEL, resolve
 
@@ -62,7 +62,7 @@ def mixed_texts(requests: int, seed: int = 0) -> list[list[str]]:
 def make_work(exact: Embedder, requests: int = 400) -> Work:
     """Mixed requests with the exact vectors."""
     parts = mixed_texts(requests)
-    return Work(parts, [exact.encode(part, normalize_embeddings=True) for part in parts])
+    return Work(parts, [exact_vectors(exact, part) for part in parts])
 
 
 def memory(folder: str, exact: Embedder, minutes: float, clients: int, options: Sequence[str]) -> bool:

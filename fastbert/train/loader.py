@@ -132,7 +132,9 @@ class Loader:
                     self._padded_tokens += padded
                     yield batches
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            for future in waiting:
+                future.cancel()
+            pool.shutdown()
 
     def items(self, epoch: int, k: int) -> np.ndarray:
         """(n) int64: places in the dataset of the items of step `k`, on all ranks."""

@@ -78,12 +78,10 @@ def train(
         SystemExit, KeyboardInterrupt: after SIGTERM (code 143) and Ctrl-C.
     """
     world = World.connect(arguments.device, arguments.ddp_timeout)
+    writer = save or model_writer(tokenizer)
     try:
         with world.watched():
-            run = _Run(
-                model, objective, data, arguments, world, evaluate, save or model_writer(tokenizer), card or Card()
-            )
-            return run()
+            return _Run(model, objective, data, arguments, world, evaluate, writer, card or Card())()
     finally:
         world.close()
 
@@ -108,9 +106,8 @@ class _Run:
             if getattr(arguments, name) and evaluate is None:
                 raise ValueError(f"{name} is {getattr(arguments, name)!r}, but there is nothing to evaluate on")
         self.root = Path(arguments.output_dir) if arguments.output_dir else None
-        self.checkpoints = None
-        if self.root is not None and world.is_first:
-            self.checkpoints = Checkpoints(self.root, arguments.save_total_limit)
+        limit = arguments.save_total_limit
+        self.checkpoints = Checkpoints(self.root, limit) if self.root is not None and world.is_first else None
         self.start = Start.find(self.checkpoints, arguments, world)
         self.position = self.start.position
         self.clock = Clock(self.position.elapsed_s)
@@ -136,10 +133,9 @@ class _Run:
         arguments = self.arguments
         folder, quiet = (self.root, arguments.quiet) if self.world.is_first else (None, True)
         self.report = Report(folder, self.start.history, self.total, self.position.step, quiet, arguments.report_to)
-        self.roof = 0.0
-        if folder is not None or not quiet:
-            peak = arguments.peak_tflops
-            self.roof = peak * 1e12 if peak else matmul_roof(self.world.device, self.stepper.precision)
+        self.roof = 1e12 * (arguments.peak_tflops or 0.0)
+        if not self.roof and (folder is not None or not quiet):
+            self.roof = matmul_roof(self.world.device, self.stepper.precision)
         self._introduce()
         gpus = [self.world.device] if self.world.device.type == "cuda" else []
         try:
@@ -175,9 +171,7 @@ class _Run:
                     if ended := self._over():
                         return ended
                 if self.position.step == begun:
-                    raise ValueError(
-                        f"epoch {epoch} has no step: the data is smaller than one batch, and drop_last leaves that out"
-                    )
+                    raise ValueError(f"epoch {epoch} has no step: the loader gives none")
         return ended
 
     def _over(self) -> str | None:
@@ -212,9 +206,9 @@ class _Run:
             self._save()
 
     def _record(self, values: Mapping[str, float]) -> None:
-        epoch, done = self.position.epoch, self.position.epoch_step
+        step, epoch, done = self.position.step, self.position.epoch, self.position.epoch_step
         share = done / self.loader.num_steps(epoch) if done else 0.0
-        self.report.write({"step": self.position.step, "epoch": round(epoch + share, 4), **values})
+        self.report.write({"step": step, "epoch": round(epoch + share, 4), **values})
 
     def _flush(self) -> None:
         """A line of the log for the steps since the last one."""
@@ -250,7 +244,7 @@ class _Run:
         arguments, name = self.arguments, _prefixed(self.arguments.metric_for_best_model)
         if name in found:
             return self.position.judge(found[name], arguments.more_is_better, arguments.early_stopping_threshold)
-        if arguments.load_best_model_at_end or arguments.early_stopping_patience is not None:
+        if arguments.load_best_model_at_end or arguments.early_stopping_patience:
             raise ValueError(f"metric_for_best_model is {name!r}, but the evaluation gives {', '.join(found)}")
         return False
 
@@ -292,10 +286,10 @@ class _Run:
 
     def _introduce(self) -> None:
         length = f"{self.total} steps" if self.total is not None else f"{self.arguments.budget_s:g} s"
-        dtype = str(self.stepper.precision).removeprefix("torch.")
         devices = f"{self.world.size} x {self.world.device}" if self.world.size > 1 else str(self.world.device)
-        name = type(self.spread.model).__name__
-        self.report.say(f"{name}: {self.num_parameters / 1e6:.1f} M parameters, {length}, {devices}, {dtype}")
+        dtype = str(self.stepper.precision).removeprefix("torch.")
+        size = f"{self.num_parameters / 1e6:.1f} M parameters"
+        self.report.say(f"{type(self.spread.model).__name__}: {size}, {length}, {devices}, {dtype}")
         if self.start.folder is not None:
             self.report.say(f"continues from {self.start.folder.name}")
         for line in self.start.changed:

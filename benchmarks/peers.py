@@ -1,0 +1,296 @@
+"""Others that turn texts into vectors on a CPU, each with the same token ids, as fast as its own documentation says.
+
+One small class a peer. It gets token ids and gives hidden states of a padded batch; sorting by length, pooling by mean
+and scaling to length 1 are common to all. Peers with "tuned" in their name run as an expert would run them, those
+without as most people do.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastbert import native
+from fastbert.sentence_folder import read_folder
+from fastbert.tokenizer import Tokenizer
+from fastbert.weights import read_json
+
+Batch = tuple[list[int], np.ndarray, np.ndarray]  # rows, input_ids (B, L), mask (B, L); int64
+
+
+def batches(ids: Sequence[list[int]], size: int) -> Iterator[Batch]:
+    """Padded batches of at most `size` sequences, the longest first, as every library that pads makes them."""
+    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+    for start in range(0, len(order), size):
+        rows = order[start : start + size]
+        width = max(1, len(ids[rows[0]]))
+        input_ids, mask = np.zeros((2, len(rows), width), dtype=np.int64)
+        for line, row in enumerate(rows):
+            input_ids[line, : len(ids[row])] = ids[row]
+            mask[line, : len(ids[row])] = 1
+        yield rows, input_ids, mask
+
+
+def pooled(hidden: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """(B, L, D), (B, L) -> (B, D) float32 of length 1: the mean over real tokens."""
+    weight = mask[..., None].astype(np.float32)
+    vectors = (hidden.astype(np.float32) * weight).sum(1) / weight.sum(1)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+class Padded:
+    """A peer that takes one padded batch after the other."""
+
+    batch_size = 32
+
+    def __init__(self, folder: Path, dtype: str) -> None:
+        """Load the model in `float32`, `bfloat16` or `int8`."""
+        raise NotImplementedError
+
+    def hidden(self, input_ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """(B, L), (B, L) -> (B, L, D)."""
+        raise NotImplementedError
+
+    def vectors(self, ids: list[list[int]]) -> np.ndarray:
+        """(N, D) of N lists of token ids."""
+        out: np.ndarray | None = None
+        for rows, input_ids, mask in batches(ids, self.batch_size):
+            part = pooled(self.hidden(input_ids, mask), mask)
+            out = np.empty((len(ids), part.shape[1]), np.float32) if out is None else out
+            out[rows] = part
+        assert out is not None
+        return out
+
+
+class Transformers(Padded):
+    """transformers with scaled-dot-product attention, eager."""
+
+    def __init__(self, folder: Path, dtype: str) -> None:
+        from transformers import AutoModel
+
+        self.model: Any = AutoModel.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+
+    @torch.inference_mode()
+    def hidden(self, input_ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        inputs = {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(mask)}
+        return self.model(**inputs).last_hidden_state.float().numpy()
+
+
+class Compiled(Transformers):
+    """The same, through torch.compile with shapes left open."""
+
+    def __init__(self, folder: Path, dtype: str) -> None:
+        super().__init__(folder, dtype)
+        self.model = torch.compile(self.model, dynamic=True)
+
+
+@cache
+def onnx_file(folder: Path) -> Path:
+    """The encoder in ONNX with open batch and length, exported once a process; its folder goes with the process."""
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
+
+    class Encoder(torch.nn.Module):
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            # Written as a float mask: the exporter cannot follow the library's own way of making one.
+            bias = (1.0 - attention_mask[:, None, None, :].float()) * torch.finfo(torch.float32).min
+            return model(input_ids=input_ids, attention_mask=bias).last_hidden_state
+
+    place = Path(_exports().name) / "model.onnx"
+    sample = torch.ones(2, 8, dtype=torch.int64)
+    axes = {0: "batch", 1: "length"}
+    torch.onnx.export(
+        Encoder(), (sample, sample), str(place), dynamo=False, opset_version=17,
+        input_names=["input_ids", "attention_mask"], output_names=["hidden"],
+        dynamic_axes={"input_ids": axes, "attention_mask": axes, "hidden": axes},
+    )  # fmt: skip
+    return place
+
+
+@cache
+def _exports() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="fastbert-peers-")
+
+
+class OnnxRuntime(Padded):
+    """ONNX Runtime: fp32 with its own fusions for BERT, or its dynamic int8 quantisation of that."""
+
+    def __init__(self, folder: Path, dtype: str) -> None:
+        import onnxruntime
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+        from onnxruntime.transformers.optimizer import optimize_model
+
+        config = read_json(folder / "config.json")
+        place = onnx_file(folder).with_name(f"optimised-{dtype}.onnx")
+        heads, size = config["num_attention_heads"], config["hidden_size"]
+        fused = optimize_model(str(onnx_file(folder)), model_type="bert", num_heads=heads, hidden_size=size)
+        fused.save_model_to_file(str(place))
+        if dtype == "int8":
+            source, place = place, place.with_name("int8.onnx")
+            quantize_dynamic(source, place, weight_type=QuantType.QInt8, per_channel=True)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        self.session = onnxruntime.InferenceSession(str(place), options, providers=["CPUExecutionProvider"])
+
+    def hidden(self, input_ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        return self.session.run(None, {"input_ids": input_ids, "attention_mask": mask})[0]
+
+
+class OpenVino(Padded):
+    """OpenVINO as most people run it: one synchronous request after the other."""
+
+    hint = "LATENCY"
+
+    def __init__(self, folder: Path, dtype: str) -> None:
+        import openvino
+
+        core = openvino.Core()
+        model = core.read_model(onnx_file(folder))
+        if dtype == "int8":
+            model = _calibrated(folder, model)
+        precision = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}[dtype]  # int8: of what is not quantised
+        config = {
+            "PERFORMANCE_HINT": self.hint,
+            "INFERENCE_PRECISION_HINT": precision,
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        }
+        self.model = core.compile_model(model, "CPU", config)
+        self.request = self.model.create_infer_request()
+
+    def hidden(self, input_ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        return self.request.infer({"input_ids": input_ids, "attention_mask": mask})["hidden"]
+
+
+class OpenVinoTuned(OpenVino):
+    """OpenVINO as its performance guide says: throughput mode, asynchronous requests in flight, smaller batches."""
+
+    hint = "THROUGHPUT"
+    batch_size = 16
+
+    def __init__(self, folder: Path, dtype: str) -> None:
+        import openvino
+
+        super().__init__(folder, dtype)
+        self.queue = openvino.AsyncInferQueue(self.model)
+
+    def vectors(self, ids: list[list[int]]) -> np.ndarray:
+        if len(ids) <= self.batch_size:
+            return super().vectors(ids)
+        parts: list[tuple[list[int], np.ndarray]] = []
+
+        def keep(request: Any, sent: tuple[list[int], np.ndarray]) -> None:
+            parts.append((sent[0], pooled(request.get_output_tensor(0).data, sent[1])))
+
+        self.queue.set_callback(keep)
+        for rows, input_ids, mask in batches(ids, self.batch_size):
+            self.queue.start_async({"input_ids": input_ids, "attention_mask": mask}, (rows, mask))
+        self.queue.wait_all()
+        out = np.empty((len(ids), parts[0][1].shape[1]), np.float32)
+        for rows, part in parts:
+            out[rows] = part
+        return out
+
+
+def _calibrated(folder: Path, model: Any) -> Any:
+    """Static int8 by NNCF's recipe for transformers, calibrated on English sentences."""
+    import nncf
+
+    from benchmarks.encoder import real_texts
+
+    encode = _tokenizer(folder).encode(real_texts((4, 80), 300, seed=1)).ids
+    samples = [{"input_ids": i, "attention_mask": m} for _, i, m in batches(encode, 1)]
+    return nncf.quantize(
+        model, nncf.Dataset(samples), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(samples)
+    )
+
+
+class CTranslate2(Padded):
+    """CTranslate2, which drops padding too; fp32, or int8 weights and activations."""
+
+    def __init__(self, folder: Path, dtype: str) -> None:
+        import ctranslate2
+
+        place = Path(_exports().name) / "ctranslate2"
+        if not place.exists():
+            ctranslate2.converters.TransformersConverter(str(folder)).convert(str(place))
+        self.encoder = ctranslate2.Encoder(
+            str(place), compute_type=dtype, intra_threads=torch.get_num_threads(), inter_threads=1
+        )
+
+    def vectors(self, ids: list[list[int]]) -> np.ndarray:
+        import ctranslate2
+
+        self.storage: Any = ctranslate2.StorageView
+        return super().vectors(ids)
+
+    def hidden(self, input_ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        lengths = self.storage.from_array(mask.sum(1).astype(np.int32))
+        states = self.encoder.forward_batch(self.storage.from_array(input_ids.astype(np.int32)), lengths)
+        return np.array(states.last_hidden_state)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """How a peer is found, named and made."""
+
+    kind: type[Padded]
+    dtype: str
+    needs: tuple[str, ...]
+
+
+PEERS = {
+    "transformers": Peer(Transformers, "float32", ("transformers",)),
+    "transformers-bf16": Peer(Transformers, "bfloat16", ("transformers",)),
+    "torch-compile": Peer(Compiled, "float32", ("transformers",)),
+    "torch-compile-bf16": Peer(Compiled, "bfloat16", ("transformers",)),
+    "onnxruntime": Peer(OnnxRuntime, "float32", ("transformers", "onnx", "onnxruntime")),
+    "onnxruntime-int8": Peer(OnnxRuntime, "int8", ("transformers", "onnx", "onnxruntime")),
+    "openvino": Peer(OpenVino, "float32", ("transformers", "onnx", "openvino")),
+    "openvino-bf16": Peer(OpenVino, "bfloat16", ("transformers", "onnx", "openvino")),
+    "openvino-int8": Peer(OpenVino, "int8", ("transformers", "onnx", "openvino", "nncf")),
+    "openvino-tuned": Peer(OpenVinoTuned, "float32", ("transformers", "onnx", "openvino")),
+    "openvino-tuned-bf16": Peer(OpenVinoTuned, "bfloat16", ("transformers", "onnx", "openvino")),
+    "openvino-tuned-int8": Peer(OpenVinoTuned, "int8", ("transformers", "onnx", "openvino", "nncf")),
+    "ctranslate2": Peer(CTranslate2, "float32", ("transformers", "ctranslate2")),
+    "ctranslate2-int8": Peer(CTranslate2, "int8", ("transformers", "ctranslate2")),
+}
+
+
+def reason_against(peer: Peer) -> str | None:
+    """Why the peer cannot be measured here: what is missing with the line that installs it, or the CPU."""
+    missing = [name for name in peer.needs if importlib.util.find_spec(name) is None]
+    if missing:
+        return f"missing: pip install {' '.join(missing)}"
+    if peer.dtype == "bfloat16" and not (native.available() and native.isa() == "avx512bf16"):
+        return "this CPU has no bfloat16 arithmetic: the libraries emulate it, some a hundred times slower"
+    return None
+
+
+@cache
+def _tokenizer(folder: Path) -> Tokenizer:
+    described = read_folder(folder)
+    limit = read_json(described.transformer / "config.json")["max_position_embeddings"]
+    return Tokenizer.from_folder(described.transformer, limit, described.max_seq_length, described.do_lower_case)
+
+
+def make(name: str, folder: Path) -> Callable[[list[str]], np.ndarray]:
+    """Texts -> (N, D) unit vectors by one peer: `tokenizers` called directly, then the peer, then pooling.
+
+    Raises:
+        ValueError: the model does not pool by mean, which is all that peers do here.
+    """
+    described = read_folder(folder)
+    if described.pooling.modes != ("mean",):
+        raise ValueError(f"peers pool by mean, but {folder} says {described.pooling.modes}")
+    tokenizer = _tokenizer(folder)
+    peer = PEERS[name].kind(described.transformer, PEERS[name].dtype)
+    return lambda texts: peer.vectors(tokenizer.encode(texts).ids)
