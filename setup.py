@@ -20,7 +20,9 @@ CSRC = Path("csrc")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 AVX512 += ["-Wno-uninitialized"]  # GCC 12 warns of its own immintrin.h
-X86 = {"portable": [], "avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
+AVX512VNNI = [*AVX512, "-mavx512vnni"]
+X86 = {"portable": [], "avx2": AVX2, "avxvnni": [*AVX2, "-mavxvnni"], "avx512": AVX512, "avx512vnni": AVX512VNNI}
+X86["avx512bf16"] = [*AVX512VNNI, "-mavx512bf16"]
 ISAS = X86 if platform.machine().lower() in ("x86_64", "amd64") else {"portable": []}
 SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined"] if os.environ.get("FASTBERT_SANITIZE") == "1" else []
 # No -ffast-math: NaN and infinity must come out as they went in, and loading must not change the denormal mode.

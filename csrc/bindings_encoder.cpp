@@ -1,4 +1,4 @@
-// What Python sees of the frozen encoder: one object, of float or bf16 weights, with one call for a whole forward pass.
+// What Python sees of the frozen encoder: one object, of float, bf16 or 8-bit weights, with one call for a whole forward pass.
 #include <pybind11/stl.h>
 
 #include <cstring>
@@ -22,7 +22,7 @@ Activation activation_of(const std::string& name) {
 
 template <class T>
 constexpr Dtype dtype_of() {
-  return std::is_same_v<T, float> ? Dtype::float32 : Dtype::bfloat16;
+  return std::is_same_v<T, float> ? Dtype::float32 : std::is_same_v<T, bf16> ? Dtype::bfloat16 : Dtype::int8;
 }
 
 template <class T>
@@ -40,14 +40,22 @@ const T* vector(Arg tensor, const char* name, int64_t size) {
   return view.present() ? static_cast<const T*>(view) : nullptr;
 }
 
-// (weight (out, in), bias (out) or None); out < 0 takes any.
+// (weight (out, in), bias (out) or None), and of 8-bit weights (..., scale (out), fours); out < 0 takes any.
 template <class T>
-LinearSource<T> linear(Arg pair, const char* name, int64_t out, int64_t in) {
-  const auto [weight, bias] = py::cast<std::pair<py::object, py::object>>(pair);
-  const View view(weight, name);
+LinearSource<T> linear(Arg tuple, const char* name, int64_t out, int64_t in) {
+  const auto parts = py::cast<py::tuple>(tuple);
+  const std::size_t count = std::is_same_v<T, std::int8_t> ? 4 : 2;
+  if (parts.size() != count) throw py::value_error(std::string(name) + " needs " + std::to_string(count) + " parts");
+  const View view(parts[0], name);
   view.expect_ndim(2).expect(dtype_of<T>(), {out < 0 ? view.size(0) : out, in});
   const int64_t rows = view.size(0);
-  return {{view, rows, in}, vector<T>(bias, name, rows)};
+  LinearSource<T> source{{view, rows, in}, vector<Stored<T>>(parts[1], name, rows)};
+  if constexpr (std::is_same_v<T, std::int8_t>) {
+    source.scales = vector<float>(parts[2], name, rows);
+    if (source.scales == nullptr) throw py::value_error(std::string(name) + " needs a scale for each row");
+    source.fours = py::cast<bool>(parts[3]);
+  }
+  return source;
 }
 
 // (weight (size), bias (size), eps).
@@ -61,11 +69,11 @@ NormSource<T> norm(Arg triple, const char* name, int64_t size) {
 template <class T>
 EncoderSource<T> read(const py::dict& weights) {
   EncoderSource<T> source;
-  source.word = matrix<T>(weights["word"], "word");
+  source.word = matrix<Stored<T>>(weights["word"], "word");
   const int64_t E = source.word.columns;
-  source.position = matrix<T>(weights["position"], "position", E);
-  source.token_type = matrix<T>(weights["token_type"], "token_type", E);
-  source.embed_norm = norm<T>(weights["embed_norm"], "embed_norm", E);
+  source.position = matrix<Stored<T>>(weights["position"], "position", E);
+  source.token_type = matrix<Stored<T>>(weights["token_type"], "token_type", E);
+  source.embed_norm = norm<Stored<T>>(weights["embed_norm"], "embed_norm", E);
   const py::object project = weights["project"];
   if (!project.is_none()) source.project = linear<T>(project, "project", -1, E);
   const int64_t D = project.is_none() ? E : source.project.weight.rows;
@@ -80,8 +88,8 @@ EncoderSource<T> read(const py::dict& weights) {
     F = intermediate.weight.rows;
     source.layers.push_back({linear<T>(layer["qkv"], "qkv", 3 * D, D), linear<T>(layer["dense"], "dense", D, D),
                              intermediate, linear<T>(layer["output"], "output", D, F),
-                             norm<T>(layer["attention_norm"], "attention_norm", D),
-                             norm<T>(layer["output_norm"], "output_norm", D)});
+                             norm<Stored<T>>(layer["attention_norm"], "attention_norm", D),
+                             norm<Stored<T>>(layer["output_norm"], "output_norm", D)});
   }
   source.order = py::cast<std::vector<int64_t>>(weights["order"]);
   for (const int64_t index : source.order)
@@ -121,13 +129,13 @@ struct Frozen {
     const int64_t T_ = input_ids.expect_ndim(1).numel();
     for (const View* v : {&input_ids, &position_ids, &type_ids}) v->expect(Dtype::int64, {T_});
     const int64_t S = check_cu_seqlens(cu_seqlens, T_, max_seqlen);
-    out.expect(dtype_of<T>(), {T_, encoder.hidden_size()});
+    out.expect(dtype_of<Stored<T>>(), {T_, encoder.hidden_size()});
     check_ids(input_ids, "input_ids", words);
     check_ids(position_ids, "position_ids", positions);
     if (type_ids.present() && types) check_ids(type_ids, "type_ids", types);
     const Tokens tokens{input_ids, position_ids, type_ids.present() ? static_cast<const int64_t*>(type_ids) : nullptr,
                         cu_seqlens, 0, S};
-    T* to = out;
+    Stored<T>* to = out;
     const py::gil_scoped_release nogil;
     encoder.forward(tokens, max_seqlen, to, num_threads < 1 ? 1 : num_threads);
   }
@@ -136,8 +144,14 @@ struct Frozen {
 class Either {
  public:
   explicit Either(const py::dict& weights) {
-    const View word(weights["word"], "word");
-    if (word.expect_float().is(Dtype::float32))
+    const py::list layers = weights["layers"];
+    if (layers.empty()) throw py::value_error("there is no layer");
+    const auto first = py::cast<py::dict>(layers[0]);
+    const auto parts = py::cast<py::tuple>(first["qkv"]);
+    const View qkv(parts[0], "qkv");
+    if (qkv.is(Dtype::int8))
+      frozen_ = std::make_unique<Frozen<std::int8_t>>(read<std::int8_t>(weights));
+    else if (qkv.expect_float().is(Dtype::float32))
       frozen_ = std::make_unique<Frozen<float>>(read<float>(weights));
     else
       frozen_ = std::make_unique<Frozen<bf16>>(read<bf16>(weights));
@@ -152,7 +166,8 @@ class Either {
   }
 
  private:
-  std::variant<std::unique_ptr<Frozen<float>>, std::unique_ptr<Frozen<bf16>>> frozen_;
+  std::variant<std::unique_ptr<Frozen<float>>, std::unique_ptr<Frozen<bf16>>, std::unique_ptr<Frozen<std::int8_t>>>
+      frozen_;
 };
 
 // Some bytes of each of some tensors, as they were. Writes that torch does not count (through .data or NumPy) change
@@ -195,6 +210,7 @@ void bind_encoder(py::module_& m) {
       .def(py::init<const py::dict&>())
       .def("forward", &Either::forward)
       .def_property_readonly("nbytes", &Either::nbytes);
+  m.def("has_fours", &has_fours);
 }
 
 }  // namespace fastbert

@@ -89,7 +89,7 @@ Memory::Memory(std::size_t nbytes) : nbytes_(nbytes) {
 void Memory::Free::operator()(char* p) const { std::free(p); }
 
 template <class T>
-Encoder<T>::Encoder(const EncoderSource<T>& source) : kernels_(kernels<T>()) {
+Encoder<T>::Encoder(const EncoderSource<T>& source) : kernels_(encoder_kernels<T>()) {
   const std::int64_t N = kernels_.panel_columns;
   EncoderWeights<T>& w = weights_;
   w.E = source.word.columns;
@@ -103,12 +103,12 @@ Encoder<T>::Encoder(const EncoderSource<T>& source) : kernels_(kernels<T>()) {
   w.position = source.position.data;
   w.token_type = source.token_type.data;
 
-  const auto size = [N](std::int64_t out, std::int64_t in) { return round_up(out, N) * round_up(in, 2); };
+  const auto size = [&](std::int64_t out, std::int64_t in) { return kernels_.panels_nbytes(round_up(out, N), in); };
   const auto qkv = qkv_rows();
   const auto rows = static_cast<std::int64_t>(qkv.size());
   const std::int64_t layer = size(rows, w.D) + size(w.D, w.D) + size(w.F, w.D) + size(w.D, w.F);
   const std::int64_t project = source.project.weight.data ? size(w.D, w.E) : 0;
-  panels_ = Memory((project + layer * source.layers.size()) * sizeof(T));
+  panels_ = Memory(project + layer * source.layers.size());
 
   w.embed_norm = copy(source.embed_norm, w.E);
   if (project) w.project = pack(source.project);
@@ -141,7 +141,8 @@ std::vector<std::int64_t> Encoder<T>::qkv_rows() const {
 }
 
 template <class T>
-float* Encoder<T>::copy(const T* values, const std::vector<std::int64_t>& rows) {
+template <class V>
+float* Encoder<T>::copy(const V* values, const std::vector<std::int64_t>& rows) {
   std::vector<float>& to = vectors_.emplace_back(rows.size(), 0.f);
   for (std::size_t i = 0; values && i < rows.size(); ++i)
     if (rows[i] >= 0) to[i] = value(values[rows[i]]);
@@ -149,7 +150,7 @@ float* Encoder<T>::copy(const T* values, const std::vector<std::int64_t>& rows) 
 }
 
 template <class T>
-Norm Encoder<T>::copy(const NormSource<T>& source, std::int64_t size) {
+Norm Encoder<T>::copy(const NormSource<Stored<T>>& source, std::int64_t size) {
   std::vector<std::int64_t> rows(size);
   std::iota(rows.begin(), rows.end(), std::int64_t{0});
   return {copy(source.weight, rows), copy(source.bias, rows), source.eps};
@@ -161,10 +162,11 @@ Linear<T> Encoder<T>::pack(const LinearSource<T>& source, const std::vector<std:
   std::vector<const T*> pointers(out, nullptr);
   for (std::int64_t i = 0; i < out; ++i)
     if (rows[i] >= 0) pointers[i] = source.weight.data + rows[i] * in;
-  T* panels = reinterpret_cast<T*>(panels_.get() + packed_);
-  packed_ += out * round_up(in, 2) * sizeof(T);
-  kernels_.pack_linear(pointers.data(), out, in, panels);
-  return {panels, copy(source.bias, rows), in, out};
+  const float* scales = source.scales ? copy(source.scales, rows) : nullptr;
+  const Linear<T> linear{reinterpret_cast<T*>(panels_.get() + packed_), copy(source.bias, rows), in, out, source.fours};
+  packed_ += kernels_.panels_nbytes(out, in);
+  kernels_.pack_linear(pointers.data(), scales, linear);
+  return linear;
 }
 
 template <class T>
@@ -194,7 +196,7 @@ void Encoder<T>::give_back(Memory memory) {
 }
 
 template <class T>
-void Encoder<T>::forward(const Tokens& tokens, std::int64_t max_seqlen, T* out, int num_threads) {
+void Encoder<T>::forward(const Tokens& tokens, std::int64_t max_seqlen, Stored<T>* out, int num_threads) {
   const EncoderWeights<T>& w = weights_;
   const double per_token = static_cast<double>(4 * w.D * w.D + 2 * w.D * w.F), per_pair = 3.0 * w.D;
   const auto cost = [=](std::int64_t length) { return length * (per_token + per_pair * length); };
@@ -236,5 +238,6 @@ void Encoder<T>::forward(const Tokens& tokens, std::int64_t max_seqlen, T* out, 
 
 template class Encoder<float>;
 template class Encoder<bf16>;
+template class Encoder<std::int8_t>;
 
 }  // namespace fastbert

@@ -1,23 +1,37 @@
 // The frozen encoder: what a whole forward pass reads. Plain pointers, shared by the driver and every instruction set.
 //
-// Weights lie in panels: kernels.h's `panel_columns` output columns side by side, for each block of kDepth inputs, in the
+// Weights lie in panels: `panel_columns` output columns side by side, for each block of kDepth inputs, in the
 // order in which the GEMM walks them.
 #pragma once
 #include <cstdint>
 
 namespace fastbert {
 
+// What the tables of embeddings and the hidden states of an encoder with weights of type T are stored as.
+template <class T>
+struct Storage {
+  using type = T;
+};
+template <>
+struct Storage<std::int8_t> {
+  using type = float;
+};
+template <class T>
+using Stored = typename Storage<T>::type;
+
 enum class Activation { gelu, gelu_tanh, relu, silu, identity };
 
 // Inputs that one sum runs over before it is added to the result: short sums round less, and a block of A stays in L1.
 constexpr std::int64_t kDepth = 384;
 
-// y = x W^T + bias; `out` is a multiple of panel_columns, with zero weights past the real columns.
+// y = x W^T + bias; `out` is a multiple of panel_columns, with zero weights past the real columns. `fours` is of 8-bit
+// weights only: they meet activations of 8 bits, four to a multiplication, rather than of 16 bits, two to one.
 template <class T>
 struct Linear {
   const T* panels;
   const float* bias;
   std::int64_t in, out;
+  bool fours;
 };
 
 struct Norm {
@@ -39,7 +53,7 @@ template <class T>
 struct EncoderWeights {
   std::int64_t E, D, H, K, F, group, num_layers, max_offset;
   Activation activation;
-  const T *word, *position, *token_type;
+  const Stored<T> *word, *position, *token_type;
   Norm embed_norm;
   Linear<T> project;
   const EncoderLayer<T>* const* layers;
@@ -64,6 +78,29 @@ struct Team {
   Stage* stages;
   int worker, workers;
 };
+
+// The encoder's kernels of one instruction set, for weights of type T: float, bf16 or int8_t.
+template <class T>
+struct EncoderKernels {
+  // Fills the panels of a linear, panels_nbytes bytes: `rows` are those of the matrix (out, in), null for a row of
+  // zeros. 8-bit weights have a scale a row, other weights a null pointer.
+  std::int64_t panel_columns;
+  std::int64_t (*panels_nbytes)(std::int64_t out, std::int64_t in);
+  void (*pack_linear)(const T* const* rows, const float* scales, const Linear<T>& linear);
+
+  // Hidden states of `tokens` to their rows of out (T, D). Each worker of a team calls it, with one memory of
+  // encoder_bytes bytes, aligned to 64, for a pass over `rows` tokens at most, and with encoder_stages stages.
+  std::int64_t (*encoder_bytes)(const EncoderWeights<T>& weights, std::int64_t rows, std::int64_t max_seqlen,
+                                int workers);
+  std::int64_t (*encoder_stages)(const EncoderWeights<T>& weights);
+  void (*encoder_fwd)(const EncoderWeights<T>& weights, const Tokens& tokens, std::int64_t max_seqlen, Stored<T>* out,
+                      char* memory, Team team);
+};
+
+// isa.cpp: those of the instruction set in use, and whether it multiplies 8-bit activations faster than 16-bit ones.
+template <class T>
+const EncoderKernels<T>& encoder_kernels();
+bool has_fours();
 
 // encoder.cpp: to be called again and again by a worker with nothing to do.
 void relax(int turn);

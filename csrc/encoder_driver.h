@@ -32,10 +32,13 @@ struct Matrix {
   std::int64_t rows = 0, columns = 0;
 };
 
+// 8-bit weights have a scale a row, and say whether their activations have 8 bits too; see Linear.
 template <class T>
 struct LinearSource {
   Matrix<T> weight;
-  const T* bias = nullptr;
+  const Stored<T>* bias = nullptr;
+  const float* scales = nullptr;
+  bool fours = false;
 };
 
 template <class T>
@@ -47,14 +50,14 @@ struct NormSource {
 template <class T>
 struct LayerSource {
   LinearSource<T> qkv, dense, intermediate, output;
-  NormSource<T> attention_norm, output_norm;
+  NormSource<Stored<T>> attention_norm, output_norm;
 };
 
 // Everything is copied but the tables of embeddings, which must outlive the encoder.
 template <class T>
 struct EncoderSource {
-  Matrix<T> word, position, token_type;
-  NormSource<T> embed_norm;
+  Matrix<Stored<T>> word, position, token_type;
+  NormSource<Stored<T>> embed_norm;
   LinearSource<T> project;
   std::vector<LayerSource<T>> layers;
   std::vector<std::int64_t> order;  // which layer comes when
@@ -69,7 +72,7 @@ class Encoder {
   explicit Encoder(const EncoderSource<T>& source);
 
   // Hidden states (T, D) of a batch of S sequences. Several threads may call it at once.
-  void forward(const Tokens& tokens, std::int64_t max_seqlen, T* out, int num_threads);
+  void forward(const Tokens& tokens, std::int64_t max_seqlen, Stored<T>* out, int num_threads);
 
   std::int64_t hidden_size() const { return weights_.D; }
   std::int64_t nbytes() const { return static_cast<std::int64_t>(panels_.nbytes()); }
@@ -77,13 +80,14 @@ class Encoder {
  private:
   Linear<T> pack(const LinearSource<T>& source, const std::vector<std::int64_t>& rows);
   Linear<T> pack(const LinearSource<T>& source);
-  Norm copy(const NormSource<T>& source, std::int64_t size);
-  float* copy(const T* values, const std::vector<std::int64_t>& rows);
+  Norm copy(const NormSource<Stored<T>>& source, std::int64_t size);
+  template <class V>
+  float* copy(const V* values, const std::vector<std::int64_t>& rows);
   std::vector<std::int64_t> qkv_rows() const;
   Memory borrow(std::size_t nbytes);
   void give_back(Memory memory);
 
-  const Kernels<T> kernels_;
+  const EncoderKernels<T> kernels_;
   EncoderWeights<T> weights_{};
   std::vector<EncoderLayer<T>> layers_;
   std::vector<const EncoderLayer<T>*> order_;

@@ -11,28 +11,56 @@
 
 namespace fastbert {
 
-#define FASTBERT_DECLARE(isa)             \
-  namespace isa {                         \
-  template <class T>                      \
-  Kernels<T> table();                     \
-  extern template Kernels<float> table(); \
-  extern template Kernels<bf16> table();  \
+#define FASTBERT_DECLARE(isa)                                  \
+  namespace isa {                                              \
+  template <class T>                                           \
+  Kernels<T> table();                                          \
+  template <class T>                                           \
+  EncoderKernels<T> encoder_table();                           \
+  bool offers_fours();                                         \
+  extern template Kernels<float> table();                      \
+  extern template Kernels<bf16> table();                       \
+  extern template EncoderKernels<float> encoder_table();       \
+  extern template EncoderKernels<bf16> encoder_table();        \
+  extern template EncoderKernels<std::int8_t> encoder_table(); \
   }
 FASTBERT_DECLARE(portable)
 #if defined(__x86_64__)
 FASTBERT_DECLARE(avx2)
+FASTBERT_DECLARE(avxvnni)
 FASTBERT_DECLARE(avx512)
+FASTBERT_DECLARE(avx512vnni)
 FASTBERT_DECLARE(avx512bf16)
 #endif
 
 namespace {
 
+struct Current {
+  const char* name;
+  Kernels<float> of_float;
+  Kernels<bf16> of_bf16;
+  EncoderKernels<float> encoder_float;
+  EncoderKernels<bf16> encoder_bf16;
+  EncoderKernels<std::int8_t> encoder_int8;
+  bool fours;
+};
+
 struct Isa {
   const char* name;
   bool supported;
-  Kernels<float> (*table_float)();
-  Kernels<bf16> (*table_bf16)();
+  Current (*load)();
 };
+
+#define FASTBERT_LOAD(isa)                                                      \
+  [] {                                                                          \
+    return Current{#isa,                                                        \
+                   isa::table<float>(),                                         \
+                   isa::table<bf16>(),                                          \
+                   isa::encoder_table<float>(),                                 \
+                   isa::encoder_table<bf16>(),                                  \
+                   isa::encoder_table<std::int8_t>(),                           \
+                   isa::offers_fours()};                                        \
+  }
 
 #if defined(__x86_64__)
 struct Registers {
@@ -62,40 +90,39 @@ bool has_avx2() {
          && has(saved_state(leaf1), 0x06);             // xmm, ymm
 }
 
+bool has_avxvnni() { return has_avx2() && has(cpuid(7, 1).a, 1u << 4); }
+
 bool has_avx512() {
   return has_avx2() && has(cpuid(7).b, 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31)  // F, DQ, BW, VL
          && has(saved_state(cpuid(1)), 0xe6);                                     // and the masks, zmm
 }
 
-bool has_avx512bf16() { return has_avx512() && has(cpuid(7, 1).a, 1u << 5); }
+bool has_avx512vnni() { return has_avx512() && has(cpuid(7).c, 1u << 11); }
+
+bool has_avx512bf16() { return has_avx512vnni() && has(cpuid(7, 1).a, 1u << 5); }
 #endif
 
 // Best last.
 const std::vector<Isa>& isas() {
   static const std::vector<Isa> all = {
-      {"portable", true, portable::table<float>, portable::table<bf16>},
+      {"portable", true, FASTBERT_LOAD(portable)},
 #if defined(__x86_64__)
-      {"avx2", has_avx2(), avx2::table<float>, avx2::table<bf16>},
-      {"avx512", has_avx512(), avx512::table<float>, avx512::table<bf16>},
-      {"avx512bf16", has_avx512bf16(), avx512bf16::table<float>, avx512bf16::table<bf16>},
+      {"avx2", has_avx2(), FASTBERT_LOAD(avx2)},
+      {"avxvnni", has_avxvnni(), FASTBERT_LOAD(avxvnni)},
+      {"avx512", has_avx512(), FASTBERT_LOAD(avx512)},
+      {"avx512vnni", has_avx512vnni(), FASTBERT_LOAD(avx512vnni)},
+      {"avx512bf16", has_avx512bf16(), FASTBERT_LOAD(avx512bf16)},
 #endif
   };
   return all;
 }
-
-struct Current {
-  const char* name;
-  Kernels<float> of_float;
-  Kernels<bf16> of_bf16;
-  explicit Current(const Isa& isa) : name(isa.name), of_float(isa.table_float()), of_bf16(isa.table_bf16()) {}
-};
 
 Current& current() {
   static Current chosen = [] {
     const Isa* best = nullptr;
     for (const Isa& isa : isas())
       if (isa.supported) best = &isa;
-    return Current(*best);
+    return best->load();
   }();
   return chosen;
 }
@@ -111,6 +138,23 @@ template <>
 const Kernels<bf16>& kernels() {
   return current().of_bf16;
 }
+
+template <>
+const EncoderKernels<float>& encoder_kernels() {
+  return current().encoder_float;
+}
+
+template <>
+const EncoderKernels<bf16>& encoder_kernels() {
+  return current().encoder_bf16;
+}
+
+template <>
+const EncoderKernels<std::int8_t>& encoder_kernels() {
+  return current().encoder_int8;
+}
+
+bool has_fours() { return current().fours; }
 
 const char* isa() { return current().name; }
 
@@ -129,7 +173,7 @@ void set_isa(const char* name) {
     if (!isa.supported)
       throw std::invalid_argument(std::string("this CPU (or its operating system) lacks the instruction set '") + name +
                                   "'; it offers " + offered);
-    current() = Current(isa);
+    current() = isa.load();
     return;
   }
   throw std::invalid_argument(std::string("unknown instruction set '") + name + "'; this CPU offers " + offered);

@@ -76,22 +76,10 @@ struct Kernels {
   void (*int8_linear_quantize)(const T* x, std::int8_t* q, float* scale, std::int64_t rows, std::int64_t K);
   void (*int8_linear_scale)(const std::int32_t* sums, const float* scale, const float* weight_scale,
                             const float* bias, T* y, std::int64_t rows, std::int64_t N);
-
-  // Weights of the encoder in panels: `rows` are those of the matrix (out, in), null for a row of zeros; `out` is a
-  // multiple of panel_columns, and panels has out * in values, an odd `in` rounded up.
-  std::int64_t panel_columns;
-  void (*pack_linear)(const T* const* rows, std::int64_t out, std::int64_t in, T* panels);
-
-  // Hidden states of `tokens` to their rows of out (T, D). Each worker of a team calls it, with one memory of
-  // encoder_bytes bytes, aligned to 64, for a pass over `rows` tokens at most, and with encoder_stages stages.
-  std::int64_t (*encoder_bytes)(const EncoderWeights<T>& weights, std::int64_t rows, std::int64_t max_seqlen,
-                                int workers);
-  std::int64_t (*encoder_stages)(const EncoderWeights<T>& weights);
-  void (*encoder_fwd)(const EncoderWeights<T>& weights, const Tokens& tokens, std::int64_t max_seqlen, T* out,
-                      char* memory, Team team);
 };
 
-// isa.cpp: the kernels of the instruction set in use. Names: portable, avx2, avx512, avx512bf16.
+// isa.cpp: the kernels of the instruction set in use; the encoder's are in encoder.h. Names: portable, avx2, avxvnni,
+// avx512, avx512vnni, avx512bf16.
 template <class T>
 const Kernels<T>& kernels();
 const char* isa();

@@ -242,7 +242,9 @@ class Embedder:
                 num_tokens += step.batch.num_tokens
                 num_truncated += step.num_truncated
                 advance(len(step.rows), step.batch.num_tokens)
-            if parts:
+            if len(texts) == 1:
+                vectors.copy_(parts[0])
+            elif parts:
                 vectors[rows] = torch.cat(parts).cpu()
         return Embeddings(F.normalize(vectors) if normalize_embeddings else vectors, num_tokens, num_truncated)
 
@@ -289,11 +291,12 @@ class Embedder:
             TypeError: an input that is not a str or a pair of str.
             ValueError: an unknown prompt name, precision or output_value; another device.
         """
-        asked = self.device if device is None else torch.device(device)
-        if asked.type != self.device.type or asked.index not in (None, self.device.index):
-            raise ValueError(
-                f"device is {device} but the model is on {self.device}: from_pretrained(..., device={str(device)!r})"
-            )
+        if device is not None:
+            asked, own = torch.device(device), self.device
+            if asked.type != own.type or asked.index not in (None, own.index):
+                raise ValueError(
+                    f"device is {device} but the model is on {own}: from_pretrained(..., device={str(device)!r})"
+                )
         if isinstance(texts, (bytes, dict)) or not isinstance(texts, Iterable):
             raise TypeError(f"texts must be a str or a list of str, it is a {type(texts).__name__}")
         if output_value not in ("sentence_embedding", "token_embeddings", None):

@@ -64,7 +64,7 @@ def require() -> ModuleType:
 
 
 def isa() -> str:
-    """The instruction set in use, the best one unless FASTBERT_ISA chooses: portable, avx2, avx512 or avx512bf16."""
+    """The instruction set in use, the best one unless FASTBERT_ISA chooses; `_C.supported_isas()` lists them."""
     return require().isa()
 
 

@@ -748,7 +748,9 @@ def test_int8_linear_says_what_does_not_fit():
 def test_quantising_swaps_all_and_spares_qkv(build, tmp_path):
     embedder = load(build(), dtype="int8")
     assert not [m for m in embedder.model.modules() if isinstance(m, nn.Linear)]
-    bits = {n.rpartition(".")[2]: m.activation_bits for n, m in embedder.model.named_modules() if hasattr(m, "weight_scale")}
+    bits = {
+        n.rpartition(".")[2]: m.activation_bits for n, m in embedder.model.named_modules() if hasattr(m, "weight_scale")
+    }
     assert bits == {"qkv": 16, "dense": 8, "intermediate": 8, "output": 8}
     with torch.inference_mode():
         assert embedder.model.execution_plan().startswith("cpu engine: int8 with ")

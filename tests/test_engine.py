@@ -17,7 +17,7 @@ from fastbert.engine import choice, cpu, use_engine
 from fastbert.hub import DEFAULT_MODEL, resolve
 from fastbert.models.activations import activation
 from fastbert.models.encoder import EncoderModel
-from fastbert.models.quantize import quantize_int8
+from fastbert.models.quantize import Int8Linear, quantize_int8
 from fastbert.packing import PackedBatch, pack
 from fastbert.testing import assert_within_budget
 
@@ -136,6 +136,163 @@ def test_real_weights_are_within_budget(dtype, minilm):
     assert_engine_within_budget(model, batch)
 
 
+# 8-bit weights. The specification: a float product with the weights that the integers stand for, of activations rounded
+# to 16 bits (or to 8, where the CPU multiplies those faster), each block of 384 with a scale of its own.
+
+
+class _Rounded(torch.nn.Module):
+    def __init__(self, linear: Int8Linear, bits: int | None, block: int = 384) -> None:
+        super().__init__()
+        self.register_buffer("weight", linear.weight.double() * linear.weight_scale.double()[:, None])
+        self.register_buffer("bias", linear.bias)
+        self.bits, self.block = bits, block
+
+    def forward(self, x):
+        if self.bits is not None:
+            x = torch.cat([self.round(part) for part in x.split(self.block, dim=1)], 1)
+        return torch.nn.functional.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+    def round(self, x):
+        scale = x.abs().amax(1, keepdim=True) / (2 ** (self.bits - 1) - 1)
+        return (x / torch.where(scale == 0, 1.0, scale)).round() * scale
+
+
+def _specified(model: EncoderModel, rounded: bool, bits: int | None) -> EncoderModel:
+    """The model in float, its `Int8Linear` layers replaced; `bits` None is each layer's own."""
+    twin = copy.deepcopy(model)
+    for parent in list(twin.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, Int8Linear):
+                setattr(parent, name, _Rounded(child, (bits or child.activation_bits) if rounded else None))
+    return twin
+
+
+@torch.no_grad()
+def assert_int8_within_budget(model: EncoderModel, batch: PackedBatch, bits: int | None) -> None:
+    ours = engine_run(model, batch)
+    with use_backend("reference"):
+        same = _specified(model, True, bits).forward_packed(batch)
+        exact = _specified(model, False, bits).double().forward_packed(batch)
+    assert_within_budget(ours, same, exact)
+
+
+@pytest.fixture(params=[16, None], ids=["pairs", "fours"])
+def bits(request, monkeypatch):
+    """Bits of activations: 16 in every layer, or each layer's own as on a CPU that multiplies 8 bits faster."""
+    own = cpu._activation_bits
+    monkeypatch.setattr(cpu, "_activation_bits", lambda linear: request.param or linear.activation_bits)
+    assert own(Int8Linear(torch.nn.Linear(3, 3), 8)) == (8 if native.require().has_fours() else 16)
+    return request.param
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_int8_is_within_budget(name, bits):
+    model = quantize_int8(build(name))
+    assert_int8_within_budget(model, batch_of(model), bits)
+    assert f"int8 with {bits or 8}-bit activations" in _plan(model)
+
+
+@torch.no_grad()
+def _plan(model: EncoderModel) -> str:
+    return model.execution_plan()
+
+
+def _scales_off_by_one(model, monkeypatch):
+    model.encoder.layer[1].feed_forward.output.weight_scale.copy_(
+        model.encoder.layer[1].feed_forward.output.weight_scale.roll(1)
+    )
+
+
+def _weights_off_by_one(model, monkeypatch):
+    linear = model.encoder.layer[0].attention.qkv
+    linear.weight[:, 1:-1] = linear.weight[:, :-2].clone()
+
+
+def _eight_bits_for_sixteen(model, monkeypatch):
+    monkeypatch.setattr(cpu, "_activation_bits", lambda linear: 8)
+
+
+def _int8_bias_dropped(model, monkeypatch):
+    model.encoder.layer[2].attention.dense.bias.zero_()
+
+
+@pytest.mark.parametrize(
+    "mutate", [_scales_off_by_one, _weights_off_by_one, _eight_bits_for_sixteen, _int8_bias_dropped]
+)
+def test_int8_mutant_fails(mutate, bits, monkeypatch):
+    if mutate is _eight_bits_for_sixteen and bits is None:
+        pytest.skip("most layers have 8 bits there")
+    model = quantize_int8(build("bert"))
+    batch = batch_of(model)
+    specification = copy.deepcopy(model)
+    mutate(model, monkeypatch)
+    with torch.no_grad(), use_backend("reference"):
+        same = _specified(specification, True, bits).forward_packed(batch)
+        exact = _specified(specification, False, bits).double().forward_packed(batch)
+    with pytest.raises(AssertionError, match="budget"):
+        assert_within_budget(engine_run(model, batch), same, exact)
+
+
+def test_a_large_value_hurts_its_own_block_only(bits):
+    model = quantize_int8(build("deep"))
+    with torch.no_grad():
+        model.embeddings.LayerNorm.weight[3] = 1000.0
+    assert_int8_within_budget(model, batch_of(model), bits)
+
+
+def test_int8_changes_no_bit_with_threads_and_batches(bits, threads):
+    model = quantize_int8(build("deep"))
+    for lengths in (LENGTHS, [33] * 30, [600, 40, 1]):
+        batch = batch_of(model, lengths)
+        together = engine_run(model, batch)
+        for count in (1, 2, 3):
+            threads(count)
+            assert torch.equal(engine_run(model, batch), together), count
+        types, parts = batch.split(batch.type_ids), batch.split(together)
+        for ids, kinds, part in list(zip(batch.split(batch.input_ids), types, parts, strict=True))[:9]:
+            assert torch.equal(engine_run(model, pack([ids.tolist()], [kinds.tolist()])), part)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
+def test_int8_keeps_what_is_not_finite_in_its_sequence(value, bits):
+    model = quantize_int8(build("bert"))
+    batch = pack([[5, 6, 7], [8, 9], [6, 6]])
+    clean = engine_run(model, batch)
+    with torch.no_grad():
+        model.embeddings.word_embeddings.weight[9] = value
+    first, second, third = batch.split(engine_run(model, batch))
+    assert not second.isfinite().any()
+    assert torch.equal(torch.cat([first, third]), clean[[0, 1, 2, 5, 6]])
+
+
+def test_int8_takes_rows_of_zeros(bits):
+    model = quantize_int8(build("bert-relu"))
+    with torch.no_grad():
+        model.embeddings.LayerNorm.weight.zero_()
+        model.embeddings.LayerNorm.bias.zero_()
+        for layer in model.encoder.layer:
+            layer.feed_forward.intermediate.bias.fill_(-100.0)  # and what relu leaves of it
+    assert_int8_within_budget(model, batch_of(model), bits)
+
+
+def test_int8_changes_are_seen():
+    model = quantize_int8(build("bert"))
+    dense = model.encoder.layer[0].attention.dense
+    changes = (
+        lambda: dense.weight.neg_(),
+        lambda: dense.weight_scale.mul_(1.1),
+        lambda: dense.bias.add_(0.1),
+        lambda: setattr(dense, "weight", dense.weight.clone().neg_()),
+        lambda: dense.weight.data.neg_(),
+    )
+    before = engine_run(model, batch_of(model))
+    for change in changes:
+        change()
+        after = engine_run(model, batch_of(model))
+        assert not torch.equal(after, before)
+        before = after
+
+
 _EVERY_MODEL = """
 import torch
 from fastbert import native
@@ -146,6 +303,11 @@ for name in t.MODELS:
     for dtype in (torch.float32, torch.bfloat16):
         model = t.build(name).to(dtype)
         t.assert_engine_within_budget(model, t.batch_of(model))
+for bits in (16, None):
+    t.cpu._activation_bits = lambda linear: bits or linear.activation_bits
+    for name in t.MODELS:
+        model = t.quantize_int8(t.build(name))
+        t.assert_int8_within_budget(model, t.batch_of(model), bits)
 """
 
 
@@ -165,12 +327,12 @@ def test_every_instruction_set_is_within_budget(isa):
 
 
 def _column_off_by_one(monkeypatch):
-    pair = cpu._pair
-    monkeypatch.setattr(cpu, "_pair", lambda linear: (pair(linear)[0].roll(1, 0), pair(linear)[1]))
+    pair = cpu._linear
+    monkeypatch.setattr(cpu, "_linear", lambda linear: (pair(linear)[0].roll(1, 0), pair(linear)[1]))
 
 
 def _bias_dropped(monkeypatch):
-    monkeypatch.setattr(cpu, "_pair", lambda linear: (linear.weight.detach(), None))
+    monkeypatch.setattr(cpu, "_linear", lambda linear: (linear.weight.detach(), None))
 
 
 def _eps_changed(monkeypatch):
@@ -470,6 +632,11 @@ def _other_activation(model):
         layer.feed_forward.act = torch.nn.functional.mish
 
 
+def _half_quantised(model):
+    twin = quantize_int8(copy.deepcopy(model))
+    model.encoder.layer[1].feed_forward = twin.encoder.layer[1].feed_forward
+
+
 def _layers_differ(model):
     model.encoder.layer[1].attention.num_heads = 2
 
@@ -485,7 +652,8 @@ def _layers_differ(model):
         (_other_activation, "has an activation that the engine lacks"),
         (_layers_differ, "the layers differ"),
         (lambda model: model.double(), "torch.float64"),
-        (quantize_int8, "(Int8Linear) is not a module"),
+        (_half_quantised, "some of its linear layers have 8-bit weights and some have not"),
+        (lambda model: quantize_int8(model.bfloat16()), "torch.bfloat16 and torch.float32"),
         (lambda model: model.train(), "training mode"),
     ],
 )

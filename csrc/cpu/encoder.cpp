@@ -3,8 +3,9 @@
 // A row goes through the same sums in the same order either way: neither the batch nor the threads change a bit.
 #include "encoder.h"
 
+#include "cpu/attend.h"
 #include "cpu/gelu.h"
-#include "cpu/gemm.h"
+#include "cpu/gemm_int8.h"
 #include "cpu/layer_norm.h"
 #include "cpu/table.h"
 
@@ -24,194 +25,182 @@ struct Identity {
   static INLINE vf value(vf z) { return z; }
 };
 
-// Elements from row to row: whole cache lines, an odd number of them, so that equal columns share no set of L1.
+template <class T>
+constexpr bool kIntegers = false;
+template <>
+constexpr bool kIntegers<int8_t> = true;
+
+constexpr int64_t num_blocks(int64_t in) { return (in + kDepth - 1) / kDepth; }
+
+// Inputs of depth block d.
+INLINE int64_t depth_of(int64_t in, int64_t d) { return in - d * kDepth < kDepth ? in - d * kDepth : kDepth; }
+
+// Bytes from row to row: whole cache lines, an odd number of them, so that equal columns share no set of L1.
+constexpr int64_t stride_nbytes(int64_t nbytes) { return (round_up(nbytes, 64) / 64 | 1) * 64; }
+
+// The same in elements.
 template <class T>
 constexpr int64_t stride(int64_t columns) {
-  return (round_up(round_up(columns, kColumns) * sizeof(T), 64) / 64 | 1) * 64 / sizeof(T);
+  return stride_nbytes(round_up(columns, kColumns) * sizeof(T)) / sizeof(T);
+}
+
+template <class T>
+constexpr int64_t panel_nbytes(int64_t depth) {
+  return kIntegers<T> ? int_panel_nbytes(depth) : round_up(depth, 2) * kColumns * static_cast<int64_t>(sizeof(T));
 }
 
 // Panel p of depth block d: blocks one after the other, whole panels in each.
 template <class T>
 INLINE const T* panel_of(const Linear<T>& w, int64_t d, int64_t p) {
-  const int64_t begin = d * kDepth, depth = w.in - begin < kDepth ? w.in - begin : kDepth;
-  return w.panels + begin * w.out + p * round_up(depth, 2) * kColumns;
+  const int64_t offset = d * (w.out / kColumns) * panel_nbytes<T>(kDepth) + p * panel_nbytes<T>(depth_of(w.in, d));
+  return reinterpret_cast<const T*>(reinterpret_cast<const char*>(w.panels) + offset);
 }
 
 template <class T>
-void pack_linear(const T* const* rows, int64_t out, int64_t in, T* panels) {
-  const Linear<T> w{panels, nullptr, in, out};
-  const int64_t count = out / kColumns;
+int64_t panels_nbytes(int64_t out, int64_t in) {
+  const int64_t last = num_blocks(in) - 1;
+  return out / kColumns * (last * panel_nbytes<T>(kDepth) + panel_nbytes<T>(depth_of(in, last)));
+}
+
+template <class T>
+void pack_panel(const Linear<T>&, const T* const* rows, const float*, int64_t begin, int64_t depth, T* to) {
+  memset(static_cast<void*>(to), 0, panel_nbytes<T>(depth));
+  constexpr int kStep = kPairs && sizeof(T) == 2 ? 2 : 1;  // values of one column that lie side by side
+  for (int n = 0; n < kColumns; ++n)
+    for (int64_t k = 0; rows[n] && k < depth; ++k)
+      to[k / kStep * kStep * kColumns + n * kStep + k % kStep] = rows[n][begin + k];
+}
+
+void pack_panel(const Linear<int8_t>& w, const int8_t* const* rows, const float* scales, int64_t begin, int64_t depth,
+                int8_t* to) {
+  (w.fours ? pack_int_panel<Fours> : pack_int_panel<Pairs>)(rows, scales, begin, depth, to);
+}
+
+template <class T>
+void pack_linear(const T* const* rows, const float* scales, const Linear<T>& w) {
+  const int64_t count = w.out / kColumns;
 #pragma omp parallel for schedule(static)
-  for (int64_t task = 0; task < (in + kDepth - 1) / kDepth * count; ++task) {
-    const int64_t begin = task / count * kDepth, end = in < begin + kDepth ? in : begin + kDepth;
-    T* to = const_cast<T*>(panel_of(w, task / count, task % count));
-    memset(to, 0, round_up(end - begin, 2) * kColumns * sizeof(T));
-    constexpr int kStep = kPairs && sizeof(T) == 2 ? 2 : 1;  // values of one column that lie side by side
-    for (int n = 0; n < kColumns; ++n) {
-      const T* from = rows[task % count * kColumns + n];
-      for (int64_t k = begin; from && k < end; ++k)
-        to[(k - begin) / kStep * kStep * kColumns + n * kStep + (k - begin) % kStep] = from[k];
-    }
+  for (int64_t task = 0; task < num_blocks(w.in) * count; ++task) {
+    const int64_t d = task / count, p = task % count, first = p * kColumns;
+    pack_panel(w, rows + first, scales ? scales + first : nullptr, d * kDepth, depth_of(w.in, d),
+               const_cast<T*>(panel_of(w, d, p)));
   }
 }
 
-// Columns of panel p for `rows` rows of A, which begin at depth block `first`: C = bias or C, + A W over [first, last).
+// Rows of activations as a matrix product reads them.
 template <class T>
-INLINE void multiply(const Linear<T>& w, int64_t p, int64_t first, int64_t last, int64_t rows, const T* a, int64_t lda,
+struct Rows {
+  const T* data;
+  int64_t ld;
+  INLINE Rows from(int64_t row) const { return {data + row * ld, ld}; }
+};
+
+// Integers, `ld` bytes from row to row, with a scale for each depth block.
+template <>
+struct Rows<int8_t> {
+  const char* data;
+  int64_t ld;
+  const float* scales;
+  int64_t lds;
+  INLINE Rows from(int64_t row) const { return {data + row * ld, ld, scales + row * lds, lds}; }
+};
+
+// Columns of panel p for `count` rows of A, which begin at depth block `first`: C = bias or C, + A W over [first, last).
+template <class T>
+INLINE void multiply(const Linear<T>& w, int64_t p, int64_t first, int64_t last, int64_t count, Rows<T> a, float* c,
+                     int64_t ldc) {
+  for (int64_t d = first; d < last; ++d)
+    panel_tile(count, depth_of(w.in, d), a.data + (d - first) * kDepth, a.ld, panel_of(w, d, p),
+               d ? c : w.bias + p * kColumns, d ? ldc : 0, c, ldc);
+}
+
+template <class Form>
+INLINE void multiply_integers(const Linear<int8_t>& w, int64_t p, int64_t first, int64_t last, int64_t count,
+                              Rows<int8_t> a, float* c, int64_t ldc) {
+  for (int64_t d = first; d < last; ++d)
+    int_tile_of<Form>(count, depth_of(w.in, d), a.data + (d - first) * kDepth * sizeof(typename Form::Value), a.ld,
+                      a.scales + d - first, a.lds, panel_of(w, d, p), d ? c : w.bias + p * kColumns, d ? ldc : 0, c,
+                      ldc);
+}
+
+INLINE void multiply(const Linear<int8_t>& w, int64_t p, int64_t first, int64_t last, int64_t count, Rows<int8_t> a,
                      float* c, int64_t ldc) {
-  for (int64_t d = first; d < last; ++d) {
-    const int64_t depth = w.in - d * kDepth < kDepth ? w.in - d * kDepth : kDepth;
-    panel_tile(rows, depth, a + (d - first) * kDepth, lda, panel_of(w, d, p), d ? c : w.bias + p * kColumns,
-               d ? ldc : 0, c, ldc);
-  }
+  if (w.fours)
+    multiply_integers<Fours>(w, p, first, last, count, a, c, ldc);
+  else
+    multiply_integers<Pairs>(w, p, first, last, count, a, c, ldc);
 }
 
-// to[k * width + i] = from[i * ld + k] for i < count, zeros up to width. May read W - 1 floats past a row's end.
-INLINE void transpose(const float* from, int64_t ld, int64_t count, int64_t K, float* to, int64_t width) {
-  for (int64_t i = 0; i < width; i += W) {
-#if defined(__AVX512F__)
-    for (int64_t k = 0; k < K; k += W) {
-      __m512 rows[W], mixed[W];
-      for (int r = 0; r < W; ++r) rows[r] = i + r < count ? _mm512_loadu_ps(from + (i + r) * ld + k) : _mm512_setzero_ps();
-      const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-      const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-      // Interleaving the first half of the rows with the second, log2(W) times, transposes.
-#pragma GCC unroll 4
-      for (int step = 0; step < 4; ++step) {
-#pragma GCC unroll 8
-        for (int r = 0; r < W / 2; ++r) {
-          mixed[2 * r] = _mm512_permutex2var_ps(rows[r], low, rows[r + W / 2]);
-          mixed[2 * r + 1] = _mm512_permutex2var_ps(rows[r], high, rows[r + W / 2]);
-        }
-#pragma GCC unroll 16
-        for (int r = 0; r < W; ++r) rows[r] = mixed[r];
-      }
-      for (int64_t r = 0; r < W && k + r < K; ++r) store(to + (k + r) * width + i, (vf)rows[r]);
-    }
-#else
-    for (int64_t k = 0; k < K; ++k) {
-      vf column{};
-      for (int r = 0; r < W && i + r < count; ++r) column[r] = from[(i + r) * ld + k];
-      store(to + k * width + i, column);
-    }
-#endif
-  }
-}
+// Activations as integers: what products with 8-bit weights read. `rows` rows of `width` values.
+struct Integers {
+  int64_t rows = 0, ld = 0, lds = 0;
+  char* data = nullptr;
+  float* scales = nullptr;
 
-// Floats that `attend` needs.
-constexpr int64_t attend_scratch(int64_t length, int64_t K) {
-  return kColumns * (K + length + round_up(K, W)) + 2 * length + kColumns;
-}
+  Integers() = default;
+  Integers(int64_t rows_, int64_t width)
+      : rows(rows_), ld(stride_nbytes(round_up(width, 4) * sizeof(int16_t))), lds(num_blocks(width)) {}
+  int64_t nbytes() const { return rows * ld + round_up(rows * lds * sizeof(float), 64); }
+  void place(char* memory) {
+    data = memory;
+    scales = reinterpret_cast<float*>(memory + rows * ld);
+  }
 
-// One head of one sequence, NV * W queries at a time. Scores lie (key, query): maximum and sum of a softmax need no
-// steps across lanes. bias (2 max_offset + 1) or null.
-template <int NV, class T>
-INLINE void attend_block(const float* q, const float* k, const float* v, int64_t ld, int64_t count, int64_t length,
-                         int64_t K, float scale, const float* bias, float* scratch, T* out, int64_t ldo) {
-  constexpr int64_t width = NV * W;
-  float* queries = scratch;
-  float* scores = queries + K * width;
-  float* result = scores + length * width;
-  const int64_t columns = round_up(K, W);
-  transpose(q, ld, count, K, queries, width);
-  each_tile(length, [&](int64_t j, int64_t rows) LAMBDA {
-    tile_of<NV>(rows, K, k + j * ld, ld, queries, width, nullptr, 0, scores + j * width, width);
-  });
-  vf inverse[NV];
-  for (int i = 0; i < NV; ++i) {
-    float* column = scores + i * W;
-    vf top = splat(-__builtin_inff()), total{};
-    if (bias)
-      for (int64_t j = 0; j < length; ++j) {
-        const vf score = load(column + j * width) * scale + load(bias + i * W - j);
-        store(column + j * width, score);
-        top = max(score, top);
-      }
-    else
-      for (int64_t j = 0; j < length; ++j) top = max(load(column + j * width), top);
-    const float factor = bias ? 1.f : scale;
-    for (int64_t j = 0; j < length; ++j) {
-      const vf p = exp((load(column + j * width) - top) * factor);
-      total += p;
-      store(column + j * width, p);
-    }
-    inverse[i] = 1.f / total;
+  template <class Form>
+  INLINE void fill(int64_t row, const float* x, int64_t width) const {
+    auto* to = reinterpret_cast<typename Form::Value*>(data + row * ld);
+    for (int64_t d = 0; d < num_blocks(width); ++d)
+      scales[row * lds + d] = quantise<Form>(x + d * kDepth, depth_of(width, d), to + d * kDepth);
   }
-  each_tile(count, [&](int64_t i, int64_t rows) LAMBDA {
-    int64_t d = 0;
-    for (; d + 2 * W <= columns; d += 2 * W)
-      tile_of<2, true>(rows, length, scores + i, width, v + d, ld, nullptr, 0, result + i * columns + d, columns);
-    if (d < columns)
-      tile_of<1, true>(rows, length, scores + i, width, v + d, ld, nullptr, 0, result + i * columns + d, columns);
-  });
-  for (int64_t i = 0; i < count; ++i) {
-    const float factor = inverse[i / W][i % W];
-    each_vector(K, [&](int64_t d, int n) LAMBDA {
-      store(out + i * ldo + d, load(result + i * columns + d) * factor, n);
-    });
+  void fill(bool fours, int64_t row, const float* x, int64_t width) const {
+    fours ? fill<Fours>(row, x, width) : fill<Pairs>(row, x, width);
   }
-}
+};
 
-template <class T>
-INLINE void attend(const float* q, const float* k, const float* v, int64_t ld, int64_t length, int64_t K,
-                   const float* rel_bias, int64_t max_offset, float* scratch, T* out, int64_t ldo) {
-  const float scale = 1.f / __builtin_sqrtf(static_cast<float>(K));
-  float* bias = nullptr;
-  if (rel_bias) {  // bias[i - j] of query i and key j: offsets in reverse, so that the lanes of queries are neighbours
-    float* all = scratch;
-    scratch += 2 * length + kColumns;
-    for (int64_t t = 0; t < 2 * length + kColumns; ++t) {
-      const int64_t offset = length - 1 - t;  // j - i
-      const int64_t held = offset < -max_offset ? -max_offset : offset > max_offset ? max_offset : offset;
-      all[t] = rel_bias[held + max_offset];
-    }
-    bias = all + length - 1;
-  }
-  for (int64_t i = 0; i < length; i += kColumns) {
-    const int64_t count = length - i < kColumns ? length - i : kColumns;
-    const float* here = bias ? bias + i : nullptr;
-    if (count > W)
-      attend_block<2>(q + i * ld, k, v, ld, count, length, K, scale, here, scratch, out + i * ldo, ldo);
-    else
-      attend_block<1>(q + i * ld, k, v, ld, count, length, K, scale, here, scratch, out + i * ldo, ldo);
-  }
-}
-
-// The arrays of a pass. Shared by the team: x, context (rows, D), sums and inner for `block` rows; each worker has its
-// own qkv of one group of heads, and scratch.
+// The arrays of a pass. Shared by the team: x, context (rows, D), sums and inner for `block` rows, and with 8-bit
+// weights x or context as integers, and inner as integers. Each worker has its own qkv of one group of heads, and scratch.
 template <class T>
 struct Arrays {
   int64_t ldx, ldc, ldi, ldq, block, shared_bytes, worker_bytes;
-  T *x, *context, *inner;
+  Stored<T> *x, *context, *inner;
+  Integers outer_integers, inner_integers;
   float *sums, *qkv, *scratch;
 
   Arrays(const EncoderWeights<T>& e, int64_t rows, int64_t max_seqlen, int workers) {
-    const int64_t widest = e.E > e.D ? e.E : e.D;
+    const int64_t widest = e.E > e.D ? e.E : e.D, width = workers > 1 ? e.F : e.F < kDepth ? e.F : kDepth;
     block = workers > 1 || rows < kRows ? rows : kRows;
-    ldx = stride<T>(widest);
+    ldx = stride<Stored<T>>(widest);
     ldc = stride<float>(widest);
-    ldi = stride<T>(workers > 1 ? e.F : e.F < kDepth ? e.F : kDepth);
+    ldi = stride<Stored<T>>(width);
     ldq = stride<float>(3 * round_up(e.group * e.K, kColumns));
-    size_x = round_up(rows * ldx * sizeof(T), 64);
-    size_inner = round_up(block * ldi * sizeof(T), 64);
+    size_x = round_up(rows * ldx * sizeof(Stored<T>), 64);
+    size_inner = round_up(block * ldi * sizeof(Stored<T>), 64);
+    size_sums = round_up(block * ldc * sizeof(float), 64);
     size_qkv = round_up((rows * ldq + W) * sizeof(float), 64);
-    shared_bytes = 2 * size_x + size_inner + block * ldc * sizeof(float);
+    shared_bytes = 2 * size_x + size_inner + size_sums;
+    if (kIntegers<T>) {
+      outer_integers = Integers(rows, widest);
+      inner_integers = Integers(block, width);
+      shared_bytes += outer_integers.nbytes() + inner_integers.nbytes();
+    }
     const int64_t attention = attend_scratch(max_seqlen, e.K);
     worker_bytes = size_qkv + round_up((attention > widest ? attention : widest) * sizeof(float) + 128, 128);
   }
 
   void place(char* memory, int worker) {
-    x = reinterpret_cast<T*>(memory);
-    context = reinterpret_cast<T*>(memory + size_x);
-    inner = reinterpret_cast<T*>(memory + 2 * size_x);
+    x = reinterpret_cast<Stored<T>*>(memory);
+    context = reinterpret_cast<Stored<T>*>(memory + size_x);
+    inner = reinterpret_cast<Stored<T>*>(memory + 2 * size_x);
     sums = reinterpret_cast<float*>(memory + 2 * size_x + size_inner);
+    outer_integers.place(memory + 2 * size_x + size_inner + size_sums);
+    inner_integers.place(memory + 2 * size_x + size_inner + size_sums + outer_integers.nbytes());
     char* own = memory + shared_bytes + worker * worker_bytes;
     qkv = reinterpret_cast<float*>(own);
     scratch = reinterpret_cast<float*>(own + size_qkv);
   }
 
  private:
-  int64_t size_x, size_inner, size_qkv;
+  int64_t size_x, size_inner, size_sums, size_qkv;
 };
 
 template <class T>
@@ -228,6 +217,7 @@ struct Worker {
   Arrays<T> at;
   int64_t begin, rows;  // tokens of the pass
   Team team;
+  using S = Stored<T>;
 
   // f(task) for all tasks: those that no other worker has taken, and then until all are done.
   template <class F>
@@ -253,9 +243,30 @@ struct Worker {
     });
   }
 
+  // What a product reads of these rows: themselves, or with 8-bit weights the integers that `prepare` made of them.
+  Rows<T> operand(const S* from, int64_t ld, const Integers& integers) const {
+    if constexpr (kIntegers<T>)
+      return {integers.data, integers.ld, integers.scales, integers.lds};
+    else
+      return {from, ld};
+  }
+  Rows<T> operand_of_x() const { return operand(at.x, at.ldx, at.outer_integers); }
+
+  // Row `row`, as a product with w reads it.
+  INLINE void prepare(const Linear<T>& w, const Integers& integers, int64_t row, const S* from, int64_t width) const {
+    if constexpr (kIntegers<T>) integers.fill(w.fours, row, from, width);
+  }
+
+  // The same for `count` rows from r0 on, where no stage could do it along the way.
+  void prepare_rows(const Linear<T>& w, const Integers& integers, int64_t r0, int64_t count, const S* from, int64_t ld,
+                    int64_t width) {
+    if constexpr (kIntegers<T>)
+      share_rows(count, [&](int64_t r) LAMBDA { prepare(w, integers, r0 + r, from + (r0 + r) * ld, width); });
+  }
+
   // to = LN(z) with z in memory that may be overwritten by its vectors.
   template <class Z>
-  INLINE void normalise(Z z, float* row, const Norm& norm, int64_t D, T* to) const {
+  INLINE void normalise(Z z, float* row, const Norm& norm, int64_t D, S* to) const {
     each_vector(D, [&](int64_t i, int n) LAMBDA { store(row + i, z(i, n), n); });
     const RowStats stats = row_stats(row, D, norm.eps);
     each_vector(D, [&](int64_t i, int n) LAMBDA {
@@ -265,17 +276,17 @@ struct Worker {
 
   // One panel of columns for all rows of a block, through an activation.
   template <class Form>
-  INLINE void activate(const Linear<T>& w, int64_t p, int64_t count, const T* a, T* to, int64_t ldo) const {
+  INLINE void activate(const Linear<T>& w, int64_t p, int64_t count, Rows<T> a, S* to, int64_t ldo) const {
     each_tile(count, [&](int64_t r, int64_t n) LAMBDA {
       alignas(64) float c[kTileRows * kColumns];
-      multiply(w, p, 0, (w.in + kDepth - 1) / kDepth, n, a + r * at.ldx, at.ldx, c, kColumns);
+      multiply(w, p, 0, num_blocks(w.in), n, a.from(r), c, kColumns);
       for (int64_t i = 0; i < n; ++i)
         for (int64_t j = 0; j < kColumns; j += W)
           store(to + (r + i) * ldo + j, Form::value(load(c + i * kColumns + j)));
     });
   }
 
-  void activate(Activation form, const Linear<T>& w, int64_t p, int64_t count, const T* a, T* to, int64_t ldo) const {
+  void activate(Activation form, const Linear<T>& w, int64_t p, int64_t count, Rows<T> a, S* to, int64_t ldo) const {
     switch (form) {
       case Activation::gelu: return activate<Erf>(w, p, count, a, to, ldo);
       case Activation::gelu_tanh: return activate<Tanh>(w, p, count, a, to, ldo);
@@ -286,23 +297,28 @@ struct Worker {
   }
 
   void embed() {
-    T* to = e.project.panels ? at.context : at.x;
+    const Linear<T>& first = e.layers[0]->qkv;
+    S* to = e.project.panels ? at.context : at.x;
     share_rows(rows, [&](int64_t r) LAMBDA {
       const int64_t token = begin + r;
-      const T* word = e.word + tokens.input_ids[token] * e.E;
-      const T* position = e.position + tokens.position_ids[token] * e.E;
-      const T* type = e.token_type ? e.token_type + (tokens.type_ids ? tokens.type_ids[token] * e.E : 0) : nullptr;
+      const S* word = e.word + tokens.input_ids[token] * e.E;
+      const S* position = e.position + tokens.position_ids[token] * e.E;
+      const S* type = e.token_type ? e.token_type + (tokens.type_ids ? tokens.type_ids[token] * e.E : 0) : nullptr;
       normalise(
           [&](int64_t i, int n) LAMBDA {
             const vf z = load(word + i, n);
             return (type ? z + load(type + i, n) : z) + load(position + i, n);
           },
           at.scratch, e.embed_norm, e.E, to + r * at.ldx);
+      prepare(e.project.panels ? e.project : first, at.outer_integers, r, to + r * at.ldx, e.E);
     });
-    if (e.project.panels)
+    if (e.project.panels) {
+      const Rows<T> from = operand(at.context, at.ldx, at.outer_integers);
       share(e.project.out / kColumns, [&](int64_t p) LAMBDA {
-        activate(Activation::identity, e.project, p, rows, at.context, at.x + p * kColumns, at.ldx);
+        activate(Activation::identity, e.project, p, rows, from, at.x + p * kColumns, at.ldx);
       });
+      prepare_rows(first, at.outer_integers, 0, rows, at.x, at.ldx, e.D);
+    }
   }
 
   // Queries, keys and values of some heads, and at once their attention: they never leave the worker's cache.
@@ -311,7 +327,7 @@ struct Worker {
     share((e.H + e.group - 1) / e.group, [&](int64_t g) LAMBDA {
       for (int64_t p = 0; p < panels; ++p)
         each_tile(rows, [&](int64_t r, int64_t n) LAMBDA {
-          multiply(layer.qkv, g * panels + p, 0, (e.D + kDepth - 1) / kDepth, n, at.x + r * at.ldx, at.ldx,
+          multiply(layer.qkv, g * panels + p, 0, num_blocks(e.D), n, operand_of_x().from(r),
                    at.qkv + r * at.ldq + p * kColumns, at.ldq);
         });
       for (int64_t s = tokens.first; s < tokens.last; ++s) {
@@ -327,64 +343,69 @@ struct Worker {
     });
   }
 
-  // x = LN(sums + x) for `count` rows from r0 on; the last layer's go to `out`.
-  void add_layer_norm(const Norm& norm, int64_t r0, int64_t count, T* out, int64_t ldo) {
+  // x = LN(sums + x) for `count` rows from r0 on, which `next` reads; without one they are the last layer's, for `out`.
+  void add_layer_norm(const Norm& norm, const Linear<T>* next, int64_t r0, int64_t count, S* out) {
     share_rows(count, [&](int64_t r) LAMBDA {
       float* row = at.sums + r * at.ldc;
-      const T* residual = at.x + (r0 + r) * at.ldx;
-      normalise([&](int64_t i, int n) LAMBDA { return load(row + i, n) + load(residual + i, n); }, row, norm, e.D,
-                out + (r0 + r) * ldo);
+      S* x = at.x + (r0 + r) * at.ldx;
+      normalise([&](int64_t i, int n) LAMBDA { return load(row + i, n) + load(x + i, n); }, row, norm, e.D,
+                next ? x : out + (begin + r0 + r) * e.D);
+      if (next) prepare(*next, at.outer_integers, r0 + r, x, e.D);
     });
   }
 
   void feed_forward(const EncoderLayer<T>& layer, int64_t r0, int64_t count) {
     constexpr int64_t kPanels = kDepth / kColumns;  // of inner columns that are one depth block of `output`
-    const int64_t blocks = (e.F + kDepth - 1) / kDepth, span = team.workers > 1 ? blocks : 1;
+    const int64_t blocks = num_blocks(e.F), span = team.workers > 1 ? blocks : 1;
     const int64_t panels = layer.intermediate.out / kColumns;
     for (int64_t d = 0; d < blocks; d += span) {
       const int64_t first = d * kPanels, last = panels < (d + span) * kPanels ? panels : (d + span) * kPanels;
       share(last - first, [&](int64_t p) LAMBDA {
-        activate(e.activation, layer.intermediate, first + p, count, at.x + r0 * at.ldx, at.inner + p * kColumns,
+        activate(e.activation, layer.intermediate, first + p, count, operand_of_x().from(r0), at.inner + p * kColumns,
                  at.ldi);
       });
-      accumulate(layer.output, d, d + span, count, at.inner, at.ldi);
+      const int64_t width = e.F - d * kDepth < span * kDepth ? e.F - d * kDepth : span * kDepth;
+      prepare_rows(layer.output, at.inner_integers, 0, count, at.inner, at.ldi, width);
+      accumulate(layer.output, d, d + span, count, operand(at.inner, at.ldi, at.inner_integers));
     }
   }
 
   // sums = bias or sums, + A W over depth blocks [first, last).
-  void accumulate(const Linear<T>& w, int64_t first, int64_t last, int64_t count, const T* a, int64_t lda) {
+  void accumulate(const Linear<T>& w, int64_t first, int64_t last, int64_t count, Rows<T> a) {
     share(w.out / kColumns, [&](int64_t p) LAMBDA {
       each_tile(count, [&](int64_t r, int64_t n) LAMBDA {
-        multiply(w, p, first, last, n, a + r * lda, lda, at.sums + r * at.ldc + p * kColumns, at.ldc);
+        multiply(w, p, first, last, n, a.from(r), at.sums + r * at.ldc + p * kColumns, at.ldc);
       });
     });
   }
 
-  void run(T* out) {
+  void run(S* out) {
     embed();
     for (int64_t l = 0; l < e.num_layers; ++l) {
       const EncoderLayer<T>& layer = *e.layers[l];
-      const bool is_last = l + 1 == e.num_layers;
+      const Linear<T>* next = l + 1 < e.num_layers ? &e.layers[l + 1]->qkv : nullptr;
       attention(layer);
       for (int64_t r0 = 0; r0 < rows; r0 += at.block) {
         const int64_t count = rows - r0 < at.block ? rows - r0 : at.block;
-        accumulate(layer.dense, 0, (e.D + kDepth - 1) / kDepth, count, at.context + r0 * at.ldx, at.ldx);
-        add_layer_norm(layer.attention_norm, r0, count, at.x, at.ldx);
+        prepare_rows(layer.dense, at.outer_integers, r0, count, at.context, at.ldx, e.D);
+        accumulate(layer.dense, 0, num_blocks(e.D), count, operand(at.context, at.ldx, at.outer_integers).from(r0));
+        add_layer_norm(layer.attention_norm, &layer.intermediate, r0, count, nullptr);
         feed_forward(layer, r0, count);
-        add_layer_norm(layer.output_norm, r0, count, is_last ? out + begin * e.D : at.x, is_last ? e.D : at.ldx);
+        add_layer_norm(layer.output_norm, next, r0, count, out);
       }
     }
   }
 };
 
-// A team takes all rows and all inner columns at once: what `run` shares is two stages to embed, six a layer.
+// A team takes all rows and all inner columns at once: what `run` shares is two stages to embed, six a layer; and those
+// that only prepare integers, one to embed, two a layer.
 template <class T>
 int64_t encoder_stages(const EncoderWeights<T>& e) {
-  return 2 + 6 * e.num_layers;
+  return kIntegers<T> ? 3 + 8 * e.num_layers : 2 + 6 * e.num_layers;
 }
 
 template <class T>
-void encoder_fwd(const EncoderWeights<T>& e, const Tokens& tokens, int64_t max_seqlen, T* out, char* memory,
+void encoder_fwd(const EncoderWeights<T>& e, const Tokens& tokens, int64_t max_seqlen, Stored<T>* out, char* memory,
                  Team team) {
   const int64_t begin = tokens.cu_seqlens[tokens.first], rows = tokens.cu_seqlens[tokens.last] - begin;
   Worker<T> self{e, tokens, Arrays<T>(e, rows, max_seqlen, team.workers), begin, rows, team};
@@ -395,14 +416,13 @@ void encoder_fwd(const EncoderWeights<T>& e, const Tokens& tokens, int64_t max_s
 }  // namespace
 
 template <class T>
-void add_encoder(Kernels<T>& table) {
-  table.panel_columns = kColumns;
-  table.pack_linear = pack_linear;
-  table.encoder_bytes = encoder_bytes;
-  table.encoder_stages = encoder_stages;
-  table.encoder_fwd = encoder_fwd;
+EncoderKernels<T> encoder_table() {
+  return {kColumns, panels_nbytes<T>, pack_linear<T>, encoder_bytes<T>, encoder_stages<T>, encoder_fwd<T>};
 }
-template void add_encoder(Kernels<float>&);
-template void add_encoder(Kernels<bf16>&);
+template EncoderKernels<float> encoder_table();
+template EncoderKernels<bf16> encoder_table();
+template EncoderKernels<int8_t> encoder_table();
+
+bool offers_fours() { return kFours; }
 
 }  // namespace fastbert::FASTBERT_ISA

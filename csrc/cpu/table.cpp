@@ -12,7 +12,6 @@ Kernels<T> table() {
   add_attention(all);
   add_pool(all);
   add_cross_entropy(all);
-  add_encoder(all);
   add_int8_linear(all);
   return all;
 }

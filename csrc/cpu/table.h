@@ -17,8 +17,11 @@ void add_pool(Kernels<T>& table);
 template <class T>
 void add_cross_entropy(Kernels<T>& table);
 template <class T>
-void add_encoder(Kernels<T>& table);
-template <class T>
 void add_int8_linear(Kernels<T>& table);
+
+// encoder.cpp has a table of its own, for one more type of weights.
+template <class T>
+EncoderKernels<T> encoder_table();
+bool offers_fours();
 
 }  // namespace fastbert::FASTBERT_ISA

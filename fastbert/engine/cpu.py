@@ -7,6 +7,8 @@ the shape of the model makes `is_fresh` false. It knows nothing of padding, of a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from fastbert.models.albert import AlbertEncoder, AlbertLayer
 from fastbert.models.electra import ElectraModel
 from fastbert.models.encoder import AddLayerNorm, Embeddings, Encoder, EncoderModel, FeedForward, Layer, SelfAttention
 from fastbert.models.mpnet import MPNetEncoder, relative_buckets
+from fastbert.models.quantize import Int8Linear
 from fastbert.packing import PackedBatch
 
 # The modules whose forward the native call reproduces, exactly these classes; and the attributes that it reads of them.
@@ -29,6 +32,7 @@ _SETTINGS: dict[type, tuple[str, ...]] = {
     Embeddings: (),
     Encoder: (),
     FeedForward: ("act",),
+    Int8Linear: ("activation_bits",),
     Layer: (),
     MPNetEncoder: (),
     SelfAttention: ("num_heads",),
@@ -57,9 +61,10 @@ def _parts(model: EncoderModel) -> tuple[nn.Module, ...]:
     return model.embeddings, *project, model.encoder
 
 
-def _values(module: nn.Module) -> tuple[Any, ...]:
-    values = (module.__dict__[name] for name in _SETTINGS[type(module)])
-    return tuple(tuple(value) if isinstance(value, list) else value for value in values)
+def _homes(module: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
+    """Where the module holds the tensors that the engine reads: (dictionary, key)."""
+    held = module._buffers if isinstance(module, Int8Linear) else module._parameters
+    return ((held, name) for name in held)
 
 
 def _altered(state: dict[str, Any]) -> str | None:
@@ -71,6 +76,9 @@ def _altered(state: dict[str, Any]) -> str | None:
     return "has a forward of its own on the instance" if "forward" in state else None
 
 
+_version = attrgetter("_version")
+
+
 class _Watch:
     """The modules and tensors as they were: cheap to compare with what they are."""
 
@@ -78,33 +86,40 @@ class _Watch:
         self.parts = parts
         modules = [module for part in parts for module in part.modules()]
         self.modules = [(m.__dict__, dict(m._modules)) for m in modules]
-        self.settings = [(m, _values(m)) for m in modules if _SETTINGS[type(m)]]
-        # The alias keeps the memory of a replaced tensor from being given to the one that replaces it.
-        self.tensors = [
-            (m._parameters, name, p, p.detach(), p.data_ptr(), p._version)
-            for m in modules
-            for name, p in m._parameters.items()
-            if p is not None
-        ]
+        self.settings = [(m.__dict__, name) for m in modules for name in _SETTINGS[type(m)]]
+        self.values = [copy(state[name]) for state, name in self.settings]
+        self.homes = [home for m in modules for home in _homes(m)]
+        self.tensors = [held[name] for held, name in self.homes]
+        self.addresses = list(map(torch.Tensor.data_ptr, self.tensors))
+        self.versions = list(map(_version, self.tensors))
+        # Aliases keep the memory of a replaced tensor from being given to the one that replaces it.
+        self.aliases = [tensor.detach() for tensor in self.tensors]
         # Writes through `.data` or NumPy are not counted by torch: samples of the values see all but the smallest.
-        self.samples = native.require().Samples([alias for *_, alias, _, _ in self.tensors if alias.is_contiguous()])
+        flat = [alias if alias.is_contiguous() else alias.mT for alias in self.aliases]
+        self.samples = native.require().Samples([tensor for tensor in flat if tensor.is_contiguous()])
 
     def same(self) -> bool:
         for state, children in self.modules:
-            if state["_modules"] != children or _altered(state):
+            # `_altered` inline: this loop is most of what a call of one short text pays besides its products.
+            if state["training"] or state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
                 return False
-        if any(_values(module) != values for module, values in self.settings):
+            if state["_modules"] != children:
+                return False
+        if [state[name] for state, name in self.settings] != self.values:
             return False
-        for parameters, name, parameter, _, address, version in self.tensors:
-            now = parameters.get(name)
-            if now is not parameter or now.data_ptr() != address or now._version != version:
-                return False
-        return self.samples.same()
+        now = [held.get(name) for held, name in self.homes]
+        return (
+            all(map(is_, now, self.tensors))
+            and list(map(torch.Tensor.data_ptr, self.tensors)) == self.addresses
+            and list(map(_version, self.tensors)) == self.versions
+            and self.samples.same()
+        )
 
 
 def _refusal(parts: tuple[nn.Module, ...]) -> str | None:
     """Why the engine cannot compute these modules."""
-    dtypes = set()
+    dtypes: set[torch.dtype] = set()
+    linears: set[type] = set()
     for part in parts:
         for name, module in part.named_modules():
             what = f"{name or 'the ' + type(module).__name__.lower()} ({type(module).__name__})"
@@ -115,23 +130,38 @@ def _refusal(parts: tuple[nn.Module, ...]) -> str | None:
                 return f"{what} {altered}"
             if isinstance(module, FeedForward) and module.act not in _ACTIVATIONS:
                 return f"{what} has an activation that the engine lacks (it has {', '.join(_ACTIVATIONS.values())})"
-            for parameter in module._parameters.values():
-                if parameter is None:
+            linears |= {type(module)} & {nn.Linear, Int8Linear}
+            for held, key in _homes(module):
+                tensor = held[key]
+                if tensor is None:
                     return f"{what} lacks a parameter that its class has"
-                if type(parameter) not in (nn.Parameter, torch.Tensor) or parameter.layout != torch.strided:
-                    return f"{what} holds a {type(parameter).__name__}, not a plain tensor"
-                if parameter.device.type != "cpu":
-                    return f"{what} is on {parameter.device}"
-                if parameter.is_inference():
+                if type(tensor) not in (nn.Parameter, torch.Tensor) or tensor.layout != torch.strided:
+                    return f"{what} holds a {type(tensor).__name__}, not a plain tensor"
+                if tensor.device.type != "cpu":
+                    return f"{what} is on {tensor.device}"
+                if tensor.is_inference():
                     return f"{what} was made in inference_mode: torch does not count its changes"
-                dtypes.add(parameter.dtype)
+                if tensor.dtype != torch.int8:
+                    dtypes.add(tensor.dtype)
+    if len(linears) != 1:
+        return "some of its linear layers have 8-bit weights and some have not"
     if len(dtypes) != 1 or not dtypes <= set(_DTYPES):
         return f"the parameters are {' and '.join(sorted(map(str, dtypes)))}, the engine needs one of {_DTYPES}"
     return None
 
 
-def _pair(linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
+def _linear(linear: nn.Module) -> tuple[Any, ...]:
+    """(weight, bias), and of 8-bit weights (..., scale, whether activations have 8 bits too)."""
+    if isinstance(linear, Int8Linear):
+        assert linear.bias is not None
+        return linear.weight.contiguous(), linear.bias, linear.weight_scale, _activation_bits(linear) == 8
+    assert isinstance(linear, nn.Linear)
     return linear.weight.detach().contiguous(), linear.bias.detach().contiguous()
+
+
+def _activation_bits(linear: Int8Linear) -> int:
+    """16 bits are no slower than 8 on a CPU that has no instruction for 8."""
+    return linear.activation_bits if native.require().has_fours() else 16
 
 
 def _norm(norm: nn.LayerNorm) -> tuple[torch.Tensor, torch.Tensor, float]:
@@ -165,7 +195,7 @@ def _weights(model: EncoderModel) -> dict[str, Any] | str:
     project = None
     if isinstance(encoder, AlbertEncoder):
         project = encoder.embedding_hidden_mapping_in
-    elif isinstance(model, ElectraModel) and isinstance(model.embeddings_project, nn.Linear):
+    elif isinstance(model, ElectraModel) and not isinstance(model.embeddings_project, nn.Identity):
         project = model.embeddings_project
     rel_bias = None
     if isinstance(encoder, MPNetEncoder):
@@ -176,16 +206,16 @@ def _weights(model: EncoderModel) -> dict[str, Any] | str:
         "position": _table(embeddings.position_embeddings),
         "token_type": _table(embeddings.token_type_embeddings),
         "embed_norm": _norm(embeddings.LayerNorm),
-        "project": None if project is None else _pair(project),
+        "project": None if project is None else _linear(project),
         "num_heads": order[0].attention.num_heads,
         "activation": _ACTIVATIONS[order[0].feed_forward.act],
         "layers": [
             {
-                "qkv": _pair(layer.attention.qkv),
-                "dense": _pair(layer.attention.dense),
+                "qkv": _linear(layer.attention.qkv),
+                "dense": _linear(layer.attention.dense),
                 "attention_norm": _norm(layer.attention_LayerNorm),
-                "intermediate": _pair(layer.feed_forward.intermediate),
-                "output": _pair(layer.feed_forward.output),
+                "intermediate": _linear(layer.feed_forward.intermediate),
+                "output": _linear(layer.feed_forward.output),
                 "output_norm": _norm(layer.output_LayerNorm),
             }
             for layer in unique
@@ -195,11 +225,19 @@ def _weights(model: EncoderModel) -> dict[str, Any] | str:
     }
 
 
+def _precision(weights: dict[str, Any]) -> str:
+    """Weights, and where they are integers activations, in words."""
+    weight, _, *integers = weights["layers"][0]["dense"]
+    if integers:
+        return f"int8 with {8 if integers[1] else 16}-bit activations"
+    return str(weight.dtype).removeprefix("torch.")
+
+
 class Engine:
     """A model frozen into native panels. It can be called from several threads at once.
 
     Attributes:
-        dtype: of weights, hidden states and results; sums are fp32.
+        dtype: of hidden states, results and, unless they have 8 bits, weights; sums are fp32 or exact integers.
         nbytes: memory of the packed weights; tables of embeddings are the model's own.
     """
 
@@ -213,6 +251,7 @@ class Engine:
         self._has_types = weights["token_type"] is not None
         self.dtype: torch.dtype = weights["word"].dtype
         self.nbytes: int = self._encoder.nbytes
+        self._precision = _precision(weights)
 
     def is_fresh(self, model: EncoderModel) -> bool:
         """Whether the model is still what was packed: same modules, same settings, no parameter written to.
@@ -238,7 +277,7 @@ class Engine:
 
     def __str__(self) -> str:
         return (
-            f"cpu engine: {str(self.dtype).removeprefix('torch.')}, {self._isa}, {torch.get_num_threads()} threads, "
+            f"cpu engine: {self._precision}, {self._isa}, {torch.get_num_threads()} threads, "
             f"{self._num_layers} layers in {self.nbytes / 1e6:.1f} MB of panels"
         )
 

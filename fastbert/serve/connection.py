@@ -21,11 +21,9 @@ class Connection(HttpToolsProtocol):
     * cancels the work of a client that left.
     """
 
-    header_timeout_s = 10.0
-    write_timeout_s = 30.0
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, header_timeout_s: float, write_timeout_s: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.header_timeout_s, self.write_timeout_s = header_timeout_s, write_timeout_s
         self._reading: asyncio.TimerHandle | None = None
         self._writing: asyncio.TimerHandle | None = None
         self._header_bytes = 0

@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Generator
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -36,8 +37,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, state: State, tracer: Tracer | None = None) -> None:
         settings = state.settings
-        Connection.header_timeout_s = settings.header_timeout_s
-        Connection.write_timeout_s = settings.write_timeout_s
+        limits = {"header_timeout_s": settings.header_timeout_s, "write_timeout_s": settings.write_timeout_s}
         self.state = state
         self.clean = True
         super().__init__(
@@ -46,7 +46,7 @@ class Server(uvicorn.Server):
                 host=settings.host,
                 port=settings.port,
                 uds=None if settings.unix_socket is None else str(settings.unix_socket),
-                http=Connection,
+                http=partial(Connection, **limits),  # type: ignore[arg-type]
                 ws="none",
                 lifespan="on",
                 log_config=None,

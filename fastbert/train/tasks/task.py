@@ -24,7 +24,7 @@ from fastbert.weights import read_json
 Tensor = torch.Tensor
 T = TypeVar("T", bound="Task")
 
-WINDOW = 16384  # texts tokenised at once: what the tokenizer returns is some thirty times as large as the ids
+WINDOW = 16384  # texts tokenised at once: what the tokenizer returns is far larger than the ids that are kept
 
 
 @dataclass(frozen=True)
