@@ -100,10 +100,14 @@ def onnx_file(folder: Path) -> Path:
     model = AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
 
     class Encoder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model.requires_grad_(False)
+
         def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
             # Written as a float mask: the exporter cannot follow the library's own way of making one.
             bias = (1.0 - attention_mask[:, None, None, :].float()) * torch.finfo(torch.float32).min
-            return model(input_ids=input_ids, attention_mask=bias).last_hidden_state
+            return self.model(input_ids=input_ids, attention_mask=bias).last_hidden_state
 
     place = Path(_exports().name) / "model.onnx"
     sample = torch.ones(2, 8, dtype=torch.int64)
@@ -125,6 +129,7 @@ class OnnxRuntime(Padded):
     """ONNX Runtime: fp32 with its own fusions for BERT, or its dynamic int8 quantisation of that."""
 
     def __init__(self, folder: Path, dtype: str) -> None:
+        import onnx
         import onnxruntime
         from onnxruntime.quantization import QuantType, quantize_dynamic
         from onnxruntime.transformers.optimizer import optimize_model
@@ -136,7 +141,8 @@ class OnnxRuntime(Padded):
         fused.save_model_to_file(str(place))
         if dtype == "int8":
             source, place = place, place.with_name("int8.onnx")
-            quantize_dynamic(source, place, weight_type=QuantType.QInt8, per_channel=True)
+            types = {"DefaultTensorType": onnx.TensorProto.FLOAT}  # of what its own fusions put out
+            quantize_dynamic(source, place, weight_type=QuantType.QInt8, per_channel=True, extra_options=types)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         self.session = onnxruntime.InferenceSession(str(place), options, providers=["CPUExecutionProvider"])

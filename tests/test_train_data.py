@@ -263,6 +263,7 @@ def test_documents_of_data_sets(tmp_path):
     assert [d for d, _ in Texts((data,)).documents()] == [["Ab.", "Cd."], ["E."]]
     data.save_to_disk(str(tmp_path / "saved"))
     assert documents_of(tmp_path / "saved") == [["Ab.", "Cd."], ["E."]]
+    assert Texts((data,)).nbytes >= len("Ab.\nCd.Ee.")
     assert Texts((data,)).fingerprint() != Texts((data.select([0]),)).fingerprint()
     with pytest.raises(CorpusError, match=r"no column 'body', it has 'text', 'other'"):
         list(Texts((data,), column="body").documents())
@@ -425,8 +426,11 @@ def test_a_failed_build_leaves_nothing_that_looks_finished(tokenizer, tmp_path):
     rows.write_text('{"text": "abc"}\n' * 50)
     assert build_shards(Texts((rows,)), tokenizer, tmp_path / "s", shard_characters=30).num_documents == 50
     (tmp_path / "empty.txt").write_text("\n \n")
-    with pytest.raises(CorpusError, match=r"hold no token.*empty\.txt"):
+    with pytest.raises(CorpusError, match=r"empty\.txt: the texts hold no token"):
         build_shards(Texts((tmp_path / "empty.txt",)), tokenizer, tmp_path / "t")
+    (tmp_path / "one.txt").write_text("Abc.")
+    with pytest.raises(CorpusError, match=r"no document is in the part from 0 to 1e-09"):
+        build_shards(Texts((tmp_path / "one.txt",), part=(0.0, 1e-9)), tokenizer, tmp_path / "t")
     with pytest.raises(CorpusError, match="holds other files"):
         build_shards(Texts((rows,)), tokenizer, tmp_path)
 

@@ -76,8 +76,8 @@ class Texts:
 
     @property
     def nbytes(self) -> int:
-        """Size of the files; data sets, whose size is that of their files, count nothing."""
-        return sum(source.stat().st_size for source in self.sources if isinstance(source, Path))
+        """Size of the files, and of data sets with all their columns."""
+        return sum(s.stat().st_size if isinstance(s, Path) else int(s.data.nbytes) for s in self.sources)
 
     def _is_mine(self, document: list[str]) -> bool:
         low, high = self.part

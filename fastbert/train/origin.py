@@ -26,6 +26,9 @@ class Origin:
     Attributes:
         model_type: family of the model.
         objective: name of what is minimised.
+
+    Raises:
+        ValueError: a family without the objective's head, or a distillation without a teacher.
     """
 
     def __init__(self, arguments: PretrainArguments) -> None:
@@ -43,6 +46,19 @@ class Origin:
         if self.objective == "auto":
             fallback = FAMILY_OBJECTIVES.get(self.model_type, "mlm")
             self.objective = "distil" if arguments.teacher is not None else fallback
+        self._check()
+
+    def _check(self) -> None:
+        if self.objective == "distil" and self.arguments.teacher is None:
+            raise ValueError("the objective distil needs a teacher: --teacher DIR, a masked language model")
+        if self.objective == "electra" and self.model_type != "electra":
+            raise ValueError(f"the objective electra trains an electra, but the model is a {self.model_type}")
+        if self.objective in PAIRS:
+            able = [c.config_class.model_type for c in AutoModelForPreTraining.classes if hasattr(c, "pair_logits")]
+            if self.model_type not in able:
+                raise ValueError(
+                    f"{self.objective} needs a head for pairs, which {', '.join(able)} have and {self.model_type} has not"
+                )
 
     def tokenizer(self) -> Tokenizer:
         """The one that was named, or the checkpoint's.
@@ -61,7 +77,7 @@ class Origin:
         """(model, teacher): a new one or the checkpoint's; or a student and its teacher.
 
         Raises:
-            ValueError: a family without the objective's head, or a model with fewer ids or positions than are needed.
+            ValueError: a model with fewer ids or positions than are needed.
         """
         length = self.arguments.seq_length
         config = self.config or build_config(self.model_type, self.arguments.size, tokenizer, length)
@@ -76,23 +92,15 @@ class Origin:
 
     def _build(self, config: Config) -> tuple[Any, Any]:
         if self.objective == "distil":
-            if self.folder is None or self.arguments.teacher is None:
-                raise ValueError("the objective distil needs a teacher: --teacher DIR, a masked language model")
+            assert self.folder is not None
             teacher = AutoModelForMaskedLM.from_pretrained(self.folder)
             return student_of(teacher, self.arguments.student_layers), teacher
         if self.objective == "electra":
-            if self.model_type != "electra":
-                raise ValueError(f"the objective electra trains an electra, but the model is a {self.model_type}")
             if self.folder is not None:
                 return ElectraPair.from_pretrained(self.folder), None
             return ElectraPair.from_config(config, self.arguments.generator_size), None  # type: ignore[arg-type]
         heads: Any = AutoModelForPreTraining if self.objective in PAIRS else AutoModelForMaskedLM
         model_class = heads.class_of(self.model_type)
-        if self.objective in PAIRS and not hasattr(model_class, "pair_logits"):
-            able = ", ".join(c.config_class.model_type for c in heads.classes if hasattr(c, "pair_logits"))
-            raise ValueError(
-                f"{self.objective} needs a head for pairs, which {able} have and {self.model_type} has not"
-            )
         return (model_class(config) if self.folder is None else model_class.from_pretrained(self.folder)), None
 
 

@@ -148,7 +148,7 @@ def build_shards(
     sentences = np.concatenate([np.zeros(1, np.int64), *[counts.sentences for counts in made]]).cumsum()
     documents = np.concatenate([np.zeros(1, np.int64), *[counts.documents for counts in made]]).cumsum()
     if not sentences[-1]:
-        raise CorpusError(f"the texts hold no token: {', '.join(map(str, texts.sources))[:200]} is empty")
+        raise CorpusError(f"{', '.join(map(str, texts.sources))[:200]}: {_why_empty(texts)}")
     np.save(scratch / SENTENCES, sentences)
     np.save(scratch / DOCUMENTS, documents)
     manifest = {"format": FORMAT, "fingerprint": fingerprint, "shards": [counts.name for counts in made]}
@@ -156,6 +156,13 @@ def build_shards(
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(scratch, folder)
     return Shards.open(folder)
+
+
+def _why_empty(texts: Texts) -> str:
+    if texts.part == (0.0, 1.0):
+        return "the texts hold no token"
+    low, high = texts.part
+    return f"no document is in the part from {low:g} to {high:g} of the texts: there are too few for such a share"
 
 
 def _tokenised(
