@@ -16,15 +16,26 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_training import Steps, arguments, classifier, items, tagger
+from tiny_training import Steps, arguments, classifier, config, items, tagger
 from torch import nn
 
 from fastbert import plot
-from fastbert.models import BertForSequenceClassification
-from fastbert.train.checkpoint import CheckpointError, Checkpoints, read_model
+from fastbert.models import (
+    AlbertConfig,
+    AlbertForMaskedLM,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForMaskedLM,
+    ElectraConfig,
+    ElectraForMaskedLM,
+)
+from fastbert.models.electra_pair import ElectraPair
+from fastbert.train.checkpoint import CheckpointError, Checkpoints, read_model, write_model
 from fastbert.train.interrupt import Interrupt
 from fastbert.train.loop import train
 from fastbert.train.objectives.heads import SequenceClassification
+from fastbert.train.outcome import model_writer
 from fastbert.train.stepper import step_seed
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -455,6 +466,30 @@ def test_a_checkpoint_is_a_model_folder_without_pickles(tmp_path):
     raw, averages = dict(again.named_parameters()), load_file(newest / "ema.safetensors")
     assert all(torch.equal(p, averages[name]) for name, p in model.named_parameters())
     assert not all(torch.equal(raw[name], averages[name]) for name in raw)
+
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+TIED = {
+    "bert": lambda: BertForMaskedLM(config()),
+    "albert": lambda: AlbertForMaskedLM(AlbertConfig(vocab_size=40, embedding_size=8, **SMALL)),
+    "distilbert": lambda: DistilBertForMaskedLM(DistilBertConfig(vocab_size=40, dim=16, n_layers=1, n_heads=2)),
+    "electra": lambda: ElectraForMaskedLM(ElectraConfig(vocab_size=40, embedding_size=8, **SMALL)),
+    "pair": lambda: ElectraPair.from_config(ElectraConfig(vocab_size=40, embedding_size=8, **SMALL), 0.5),
+}
+
+
+@pytest.mark.parametrize("family", list(TIED))
+def test_tied_weights_come_back_tied(tmp_path, family):
+    torch.manual_seed(1)
+    written = TIED[family]()
+    torch.manual_seed(2)
+    read = TIED[family]()
+    own = dict(read.named_parameters())
+    write_model(written, tmp_path, model_writer(None))
+    read_model(read, tmp_path)
+    assert_same_bits(dict(read.named_parameters()), dict(written.named_parameters()))
+    assert_same_bits(read.state_dict(), written.state_dict())
+    assert all(parameter is own[name] for name, parameter in read.named_parameters())  # in place, for the optimiser
 
 
 class Plain(nn.Module):

@@ -57,7 +57,7 @@ class Origin:
             able = [c.config_class.model_type for c in AutoModelForPreTraining.classes if hasattr(c, "pair_logits")]
             if self.model_type not in able:
                 raise ValueError(
-                    f"{self.objective} needs a head for pairs, which {', '.join(able)} have and {self.model_type} has not"
+                    f"{self.objective} needs a head for pairs; {', '.join(able)} have one, {self.model_type} has not"
                 )
 
     def tokenizer(self) -> Tokenizer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,11 @@ class Shard:
     name: str
     sentences: np.ndarray
     documents: np.ndarray
+
+
+def one_thread() -> None:
+    """Let this process tokenise with one thread: there is one worker a core."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def write_shard(job: ShardJob) -> Shard:

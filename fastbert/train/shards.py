@@ -30,7 +30,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from fastbert.corpus import CorpusError
 from fastbert.tokenizer import Tokenizer
 from fastbert.train.documents import Texts
-from fastbert.train.shard_writer import Shard, ShardJob, arrow, write_shard
+from fastbert.train.shard_writer import Shard, ShardJob, arrow, one_thread, write_shard
 
 SHARD_CHARACTERS = 1 << 24  # text of a shard: some 4 million tokens, 8 MB
 MANIFEST, SENTENCES, DOCUMENTS = "manifest.json", "sentences.npy", "documents.npy"
@@ -190,9 +190,7 @@ def _tokenised(
                 yield told(write_shard(job), done)
             return
         waiting: deque[tuple[Future[Shard], float]] = deque()
-        alone = ("TOKENIZERS_PARALLELISM", "false")  # a worker is one thread
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(num_workers, context, os.environ.setdefault, alone) as pool:
+        with ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), one_thread) as pool:
             for job, done in jobs:
                 waiting.append((pool.submit(write_shard, job), done))
                 if len(waiting) > 2 * num_workers:  # texts that wait are in memory
