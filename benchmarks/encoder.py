@@ -8,69 +8,46 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import inspect
-import random
-import re
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 import torch
 from rich.table import Table
 
-from benchmarks import harness
+from benchmarks import harness, peers
+from benchmarks.texts import WORDS, real_texts
 from fastbert import Embedder, native
 from fastbert.hub import DEFAULT_MODEL, resolve
 
 GATE = 0.9995
-WORDS = {"query": (4, 10), "sentence": (10, 25), "passage": (40, 80)}
-MODULES = (
-    "argparse",
-    "asyncio",
-    "collections",
-    "datetime",
-    "decimal",
-    "email",
-    "json",
-    "logging",
-    "threading",
-    "typing",
-)
-
 Encode = Callable[[list[str]], np.ndarray]
 
 
-def real_texts(words: tuple[int, int], count: int, seed: int = 0) -> list[str]:
-    """English from the standard library's documentation, cut to a range of words."""
-    prose: list[str] = []
-    for name in MODULES:
-        module = import_module(name)
-        found = [module, *(m for _, m in inspect.getmembers(module) if inspect.isclass(m) or inspect.isfunction(m))]
-        for item in found:
-            prose += re.sub(r"\s+", " ", inspect.getdoc(item) or "").split()
-    rng = random.Random(seed)
-    starts = [rng.randrange(len(prose) - words[1]) for _ in range(count)]
-    return [" ".join(prose[i : i + rng.randint(*words)]) for i in starts]
-
-
 def providers(folder: str, only: list[str] | None) -> Iterator[tuple[str, Encode]]:
-    """(name, encode) of everything that is installed; what is missing is named with the line that installs it."""
-    wanted = lambda name: only is None or name in only  # noqa: E731
-    if wanted("fastbert"):
-        yield "fastbert", partial(Embedder.from_pretrained(folder, dtype="float32").encode, normalize_embeddings=True)
-    if wanted("fastbert-bf16"):
-        yield "fastbert-bf16", partial(Embedder.from_pretrained(folder, "bfloat16").encode, normalize_embeddings=True)
-    if wanted("fastbert-int8"):
-        yield "fastbert-int8", partial(Embedder.from_pretrained(folder, "int8").encode, normalize_embeddings=True)
-    if importlib.util.find_spec("sentence_transformers") is None:
-        print("sentence-transformers is missing: pip install sentence-transformers")
-        return
-    from sentence_transformers import SentenceTransformer
+    """(name, encode) of everything that can run here; the others are named with the reason, and what to do."""
+    own = {"fastbert": "float32", "fastbert-bf16": "bfloat16", "fastbert-int8": "int8"}
+    libraries = {"sentence-transformers": torch.float32, "sentence-transformers-bf16": torch.bfloat16}
+    for name in [*own, *libraries, *peers.PEERS] if only is None else only:
+        if name in own:
+            yield name, partial(Embedder.from_pretrained(folder, own[name]).encode, normalize_embeddings=True)
+        elif name in peers.PEERS:
+            reason = peers.reason_against(peers.PEERS[name])
+            if reason is None:
+                yield name, peers.make(name, Path(folder))
+            else:
+                print(f"{name}: {reason}")
+        elif name not in libraries:
+            raise SystemExit(f"no provider {name!r}; there are {', '.join([*own, *libraries, *peers.PEERS])}")
+        elif importlib.util.find_spec("sentence_transformers") is None:
+            print(f"{name}: missing: pip install sentence-transformers")
+        elif libraries[name] == torch.bfloat16 and not peers.has_bfloat16():
+            print(f"{name}: {peers.NO_BFLOAT16}")
+        else:
+            from sentence_transformers import SentenceTransformer
 
-    for name, dtype in (("sentence-transformers", torch.float32), ("sentence-transformers-bf16", torch.bfloat16)):
-        if wanted(name):
-            model = SentenceTransformer(folder, device="cpu", model_kwargs={"dtype": dtype})
+            model = SentenceTransformer(folder, device="cpu", model_kwargs={"dtype": libraries[name]})
             yield name, partial(model.encode, normalize_embeddings=True, show_progress_bar=False)
 
 
@@ -91,9 +68,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--texts", type=int, default=256)
     parser.add_argument("--only", help="providers, separated by commas")
+    parser.add_argument("--quick", action="store_true", help="a few texts once, to see that all works; writes no rows")
     args = parser.parse_args()
+    if args.quick:
+        args.rounds, args.texts = 2, 24
+    batch1_rounds = 2 if args.quick else 30
     folder = str(resolve(args.model))
-    peers = dict(providers(folder, args.only.split(",") if args.only else None))
+    chosen_peers = dict(providers(folder, args.only.split(",") if args.only else None))
     exact_model = Embedder.from_pretrained(folder, dtype="float32")
     exact_model.model.double()
     config = exact_model.model.config
@@ -113,16 +94,16 @@ def main() -> None:
         "worst cosine",
     ):
         shown.add_column(column, justify="left" if column in ("texts", "mode", "provider") else "right", no_wrap=True)
-    for mix, words in WORDS.items():
+    for mix, words in list(WORDS.items())[: 1 if args.quick else None]:
         texts = real_texts(words, args.texts)
         exact = exact_model.encode(texts, normalize_embeddings=True)
         lengths = [len(ids) for ids in exact_model.tokenizer.encode(texts).ids]
-        cosines = {name: worst_cosine(encode(texts), exact) for name, encode in peers.items()}
-        kept = {name: encode for name, encode in peers.items() if cosines[name] >= GATE or "int8" in name}
-        for name in peers.keys() - kept.keys():
+        cosines = {name: worst_cosine(encode(texts), exact) for name, encode in chosen_peers.items()}
+        kept = {name: encode for name, encode in chosen_peers.items() if cosines[name] >= GATE or "int8" in name}
+        for name in chosen_peers.keys() - kept.keys():
             print(f"{mix}: {name} fails the gate, worst cosine {cosines[name]:.6f}")
         median = sorted(range(len(texts)), key=lengths.__getitem__)[len(texts) // 2]
-        for mode, chosen, rounds in (("throughput", list(range(len(texts))), args.rounds), ("batch1", [median], 30)):
+        for mode, chosen, rounds in (("throughput", list(range(len(texts))), args.rounds), ("batch1", [median], batch1_rounds)):
             batch, tokens = [texts[i] for i in chosen], sum(lengths[i] for i in chosen)
             times = harness.interleave(
                 {name: partial(encode, batch) for name, encode in kept.items()}, rounds, warmup=2
@@ -146,6 +127,9 @@ def main() -> None:
                 )  # fmt: skip
         shown.add_section()
     harness.console().print(shown)
+    if args.quick:
+        print("quick: no rows are written, and these times mean nothing")
+        return
     name = f"encoder-{harness.device_name('cpu')}".lower()
     path = harness.write(rows, "".join(c if c.isalnum() else "-" for c in name))
     print(f"load {harness.load()}; {len(rows)} rows in {path.relative_to(harness.RESULTS.parent.parent)}")
