@@ -74,7 +74,7 @@ def main() -> None:
         args.rounds, args.texts = 2, 24
     batch1_rounds = 2 if args.quick else 30
     folder = str(resolve(args.model))
-    chosen_peers = dict(providers(folder, args.only.split(",") if args.only else None))
+    encoders = dict(providers(folder, args.only.split(",") if args.only else None))
     exact_model = Embedder.from_pretrained(folder, dtype="float32")
     exact_model.model.double()
     config = exact_model.model.config
@@ -98,12 +98,15 @@ def main() -> None:
         texts = real_texts(words, args.texts)
         exact = exact_model.encode(texts, normalize_embeddings=True)
         lengths = [len(ids) for ids in exact_model.tokenizer.encode(texts).ids]
-        cosines = {name: worst_cosine(encode(texts), exact) for name, encode in chosen_peers.items()}
-        kept = {name: encode for name, encode in chosen_peers.items() if cosines[name] >= GATE or "int8" in name}
-        for name in chosen_peers.keys() - kept.keys():
+        cosines = {name: worst_cosine(encode(texts), exact) for name, encode in encoders.items()}
+        kept = {name: encode for name, encode in encoders.items() if cosines[name] >= GATE or "int8" in name}
+        for name in encoders.keys() - kept.keys():
             print(f"{mix}: {name} fails the gate, worst cosine {cosines[name]:.6f}")
         median = sorted(range(len(texts)), key=lengths.__getitem__)[len(texts) // 2]
-        for mode, chosen, rounds in (("throughput", list(range(len(texts))), args.rounds), ("batch1", [median], batch1_rounds)):
+        for mode, chosen, rounds in (
+            ("throughput", list(range(len(texts))), args.rounds),
+            ("batch1", [median], batch1_rounds),
+        ):
             batch, tokens = [texts[i] for i in chosen], sum(lengths[i] for i in chosen)
             times = harness.interleave(
                 {name: partial(encode, batch) for name, encode in kept.items()}, rounds, warmup=2

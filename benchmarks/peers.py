@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.texts import real_texts
 from fastbert import native
 from fastbert.sentence_folder import read_folder
 from fastbert.tokenizer import Tokenizer
@@ -162,7 +163,7 @@ class OpenVino(Padded):
         core = openvino.Core()
         model = core.read_model(onnx_file(folder))
         if dtype == "int8":
-            model = _calibrated(folder, model)
+            model = _calibrated(folder)
         precision = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}[dtype]  # int8: of what is not quantised
         config = {
             "PERFORMANCE_HINT": self.hint,
@@ -206,17 +207,16 @@ class OpenVinoTuned(OpenVino):
         return out
 
 
-def _calibrated(folder: Path, model: Any) -> Any:
+@cache
+def _calibrated(folder: Path) -> Any:
     """Static int8 by NNCF's recipe for transformers, calibrated on English sentences."""
     import nncf
-
-    from benchmarks.encoder import real_texts
+    import openvino
 
     encode = _tokenizer(folder).encode(real_texts((4, 80), 300, seed=1)).ids
     samples = [{"input_ids": i, "attention_mask": m} for _, i, m in batches(encode, 1)]
-    return nncf.quantize(
-        model, nncf.Dataset(samples), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(samples)
-    )
+    model = openvino.Core().read_model(onnx_file(folder))
+    return nncf.quantize(model, nncf.Dataset(samples), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(samples))
 
 
 class CTranslate2(Padded):
@@ -228,19 +228,14 @@ class CTranslate2(Padded):
         place = Path(_exports().name) / "ctranslate2"
         if not place.exists():
             ctranslate2.converters.TransformersConverter(str(folder)).convert(str(place))
+        self.array = ctranslate2.StorageView.from_array
         self.encoder = ctranslate2.Encoder(
             str(place), compute_type=dtype, intra_threads=torch.get_num_threads(), inter_threads=1
         )
 
-    def vectors(self, ids: list[list[int]]) -> np.ndarray:
-        import ctranslate2
-
-        self.storage: Any = ctranslate2.StorageView
-        return super().vectors(ids)
-
     def hidden(self, input_ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        lengths = self.storage.from_array(mask.sum(1).astype(np.int32))
-        states = self.encoder.forward_batch(self.storage.from_array(input_ids.astype(np.int32)), lengths)
+        ids, lengths = input_ids.astype(np.int32), mask.sum(1).astype(np.int32)
+        states = self.encoder.forward_batch(self.array(ids), self.array(lengths))
         return np.array(states.last_hidden_state)
 
 
@@ -271,14 +266,20 @@ PEERS = {
 }
 
 
+NO_BFLOAT16 = "this CPU has no bfloat16 arithmetic: libraries emulate it, some a hundred times slower"
+
+
+def has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 by itself."""
+    return native.available() and native.isa() == "avx512bf16"
+
+
 def reason_against(peer: Peer) -> str | None:
     """Why the peer cannot be measured here: what is missing with the line that installs it, or the CPU."""
     missing = [name for name in peer.needs if importlib.util.find_spec(name) is None]
     if missing:
         return f"missing: pip install {' '.join(missing)}"
-    if peer.dtype == "bfloat16" and not (native.available() and native.isa() == "avx512bf16"):
-        return "this CPU has no bfloat16 arithmetic: the libraries emulate it, some a hundred times slower"
-    return None
+    return NO_BFLOAT16 if peer.dtype == "bfloat16" and not has_bfloat16() else None
 
 
 @cache

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import harness, ops, report
-from fastbert import testing
+from benchmarks import encoder, harness, ops, peers, report
+from benchmarks.texts import WORDS, real_texts
+from fastbert import Embedder, testing
 
 CASE = next(c for c in testing.CASES if str(c) == "gelu-ragged")
 ROOFS = harness.Roofs(bytes_s=1e10, flop_s=1e11)
@@ -57,3 +60,52 @@ def test_numbers_in_the_readme_are_the_committed_rows():
     assert report.render(text) == text
     assert "| query |" in text
     assert report.render(text.replace("| query |", "| quarry |")) == text
+
+
+# Peers: the same token ids, the same pooling, whatever is between.
+
+
+def test_padded_batches_hold_every_sequence_once():
+    ids = [[101, *range(1, n), 102] for n in (3, 1, 9, 4, 7)]
+    found = {}
+    for rows, input_ids, mask in peers.batches(ids, 2):
+        assert input_ids.shape == mask.shape
+        assert mask.sum(1).max() == mask.shape[1], "no column is padding alone"
+        for row, line, kept in zip(rows, input_ids, mask, strict=True):
+            assert not kept[kept.sum() :].any()
+            found[row] = line[: kept.sum()].tolist()
+    assert [found[i] for i in range(len(ids))] == ids
+
+
+def test_pooling_ignores_padding():
+    hidden = np.random.default_rng(0).normal(size=(2, 4, 8)).astype(np.float32)
+    mask = np.array([[1, 1, 1, 1], [1, 1, 0, 0]])
+    vectors = peers.pooled(hidden, mask)
+    mean = hidden[1, :2].mean(0)
+    np.testing.assert_allclose(vectors[1], mean / np.linalg.norm(mean), rtol=1e-5)
+    hidden[1, 2:] = 1e6
+    np.testing.assert_array_equal(peers.pooled(hidden, mask), vectors)
+
+
+@pytest.mark.parametrize("name", ["transformers", "ctranslate2", "onnxruntime", "openvino", "openvino-tuned"])
+def test_a_peer_computes_what_we_compute(minilm, name):
+    reason = peers.reason_against(peers.PEERS[name])
+    if reason:
+        pytest.skip(f"{name}: {reason}")
+    texts = real_texts(WORDS["query"], 20) + real_texts(WORDS["sentence"], 3)
+    exact = Embedder.from_pretrained(minilm, "float32", device="cpu").encode(texts, normalize_embeddings=True)
+    encode = peers.make(name, minilm)
+    assert encoder.worst_cosine(encode(texts), exact) >= encoder.GATE
+    assert encoder.worst_cosine(encode([f"not {text}" for text in texts]), exact) < encoder.GATE, "the gate must fail"
+
+
+def test_what_is_missing_is_named_with_the_line_that_installs_it(monkeypatch, capsys):
+    absent = replace(peers.PEERS["transformers"], needs=("transformers", "no_such_engine"))
+    assert peers.reason_against(absent) == "missing: pip install no_such_engine"
+    monkeypatch.setitem(peers.PEERS, "transformers", absent)
+    assert dict(encoder.providers("unused", ["transformers"])) == {}
+    assert capsys.readouterr().out == "transformers: missing: pip install no_such_engine\n"
+    monkeypatch.setattr(peers, "has_bfloat16", lambda: False)
+    assert peers.reason_against(peers.PEERS["transformers-bf16"]) == peers.NO_BFLOAT16
+    with pytest.raises(SystemExit, match="no provider 'onnxruntim'; there are fastbert, "):
+        dict(encoder.providers("unused", ["onnxruntim"]))
