@@ -134,13 +134,14 @@ def random_twin(run: Pretraining, folder: Path) -> Path:
 
 def measure(objective: str, texts: Path, root: Path, told: argparse.Namespace) -> tuple[PretrainRow, list[CurvePoint]]:
     """Pretrain, evaluate, fine-tune."""
-    folder = root / objective.replace("+", "-")
+    settings = (told.size, told.seq_length, told.vocab_size, told.batch_tokens, told.steps, told.lr)
+    folder = root / "-".join(map(str, (objective.replace("+", "-"), *settings)))  # an interrupted run goes on there
     run = prepare(
         data=sorted(texts.glob("*.txt")), split_sentences=True, holdout=0.03, output_dir=str(folder),
         model_type=FAMILIES[objective], size=told.size, vocab_size=told.vocab_size, seq_length=told.seq_length,
         objective=objective, dupe_factor=4 if "+" in objective else 1, max_steps=told.steps,
         batch_tokens=told.batch_tokens, micro_tokens=told.batch_tokens, learning_rate=told.lr,
-        eval_steps=told.eval_steps, logging_steps=max(1, told.eval_steps // 5), save_strategy="no", overwrite=True,
+        eval_steps=told.eval_steps, logging_steps=max(1, told.eval_steps // 5), save_strategy="no", resume=True,
         seed=1,
     )  # fmt: skip
     result = run.run()

@@ -169,10 +169,12 @@ def measure_cell(
     return rows
 
 
-def overload(work: Work, mix: str, server: servers.Server, seconds: float, times: float = 10.0) -> ServerRow:
+def overload(
+    work: Work, mix: str, server: servers.Server, seconds: float, times: float = 10.0, calm_s: float = 5.0
+) -> ServerRow:
     """Offer a multiple of what the server can do; raises where an answer is neither right nor 429."""
     each = len(work.texts[0])
-    _, rate = saturate(work, server, 8, 5.0)
+    before, rate = saturate(work, server, 8, calm_s)
     begin = server.rss_mb()
     clients = 1024
     plan = work.plan(server, clients, seconds, rate * times)
@@ -183,8 +185,8 @@ def overload(work: Work, mix: str, server: servers.Server, seconds: float, times
         sampled.append(server.rss_mb())
     answers = running.answers()
     print("resident MiB each second:", " ".join(f"{mb:.0f}" for mb in sampled))
-    after, rate_after = saturate(work, server, 8, 5.0)
-    failures = work.failures(answers) + work.failures(after)
+    after, rate_after = saturate(work, server, 8, calm_s)
+    failures = [failure for part in (before, answers, after) for failure in work.failures(part)]
     if failures:
         raise AssertionError(
             f"{len(failures)} of {len(answers.status)} answers are neither right nor 429: {failures[:5]}"

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import json
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from benchmarks import load
+from benchmarks import load, servers
+from benchmarks.server import Work, overload
+from benchmarks.soak import MAX_GROWTH_MB, Slope, lines_of_requests
 
 Answer = Callable[[int], "tuple[int, bytes, float] | None"]
 
@@ -116,3 +122,78 @@ def test_without_a_rate_every_client_always_has_one_request_out():
     assert most == 4
     assert set(answers.request) == {0, 1}
     assert answers.rate(0.1, 0.4) == pytest.approx(sum(0.1 <= done < 0.4 for done in answers.done) / 0.3)
+
+
+def body_of(vectors: np.ndarray) -> bytes:
+    rows = [base64.b64encode(row.astype("<f4").tobytes()).decode() for row in vectors]
+    return json.dumps({"data": [{"index": i, "embedding": row} for i, row in enumerate(rows)]}).encode()
+
+
+RIGHT = np.eye(2, 8, dtype=np.float32)
+WORK = Work([["a", "b"]], [RIGHT])
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "fault"),
+    [
+        (200, body_of(RIGHT), None),
+        (429, b"", None),
+        (200, body_of(RIGHT[::-1]), "cosine"),  # another's vectors
+        (200, body_of(RIGHT * np.nan), "cosine"),
+        (200, body_of(RIGHT[:1]), "shape"),
+        (500, b"", "got 500"),
+        (load.LOST, b"", "got -2"),
+    ],
+)
+def test_every_answer_is_right_or_429_or_a_failure(status, body, fault):
+    answers = load.Answers([0], [0.0], [0.1], [status], [b"d"], {(0, b"d"): body} if status == 200 else {})
+    found = WORK.failures(answers)
+    assert (found == []) if fault is None else (len(found) == 1 and fault in found[0])
+
+
+def as_server(port: int) -> servers.Server:
+    """Somebody else's port as a server; its memory is this process's."""
+    return servers.Server("fastbert", "/x", port, SimpleNamespace(pid=os.getpid()), None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("vectors", [RIGHT, RIGHT[::-1]], ids=["right", "wrong"])
+def test_overload_wants_right_answers_or_429(vectors):
+    room = 4
+
+    def answer(n: int) -> tuple[int, bytes, float]:
+        return (200, body_of(RIGHT), 0.02) if n % 20 < room or n < 30 else (429, b"", 0.0)
+
+    def spoilt(n: int) -> tuple[int, bytes, float]:
+        return answer(n) if n != 150 else (200, body_of(vectors), 0.0)
+
+    with scripted(spoilt) as port:
+        if vectors is RIGHT:
+            row = overload(WORK, "query", as_server(port), 1.0, times=3.0, calm_s=0.2)
+            assert row.turned_away > 0
+            assert row.right > 0
+            assert row.answers == row.right + row.turned_away
+        else:
+            with pytest.raises(AssertionError, match="neither right nor 429"):
+                overload(WORK, "query", as_server(port), 1.0, times=3.0, calm_s=0.2)
+
+
+def test_a_leak_is_told_from_noise():
+    minutes = np.linspace(0, 10, 300)
+    noise = np.random.default_rng(0).normal(0, 2.0, 300)
+    steps = 6.0 * (minutes > 3)  # a pool that grew once
+    assert Slope.fit(minutes, 400 + noise).flat()
+    assert Slope.fit(minutes, 400 + noise + steps).flat()
+    leak = Slope.fit(minutes, 400 + noise + 2.0 * minutes)
+    assert leak.growth_mb == pytest.approx(20, abs=2)
+    assert leak.growth_mb > MAX_GROWTH_MB
+    assert not leak.flat()
+
+
+def test_the_servers_log_is_counted():
+    lines = [
+        '{"path": "/x", "status": 200}',
+        '{"path": "/x", "status": 429}',
+        '{"path": "/ready", "status": 200}',
+        "text",
+    ]
+    assert dict(lines_of_requests("\n".join([*lines, lines[0]]), "/x")) == {200: 2, 429: 1}
