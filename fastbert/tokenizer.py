@@ -105,8 +105,14 @@ class Tokenizer:
 
         Raises:
             TypeError: an element is neither a str nor a pair of str; its index and type are named.
+            ValueError: the tokenizer's own files contradict each other.
         """
-        encodings = self.backend.encode_batch_fast([self.checked(text, i) for i, text in enumerate(texts, first)])
+        try:
+            encodings = self.backend.encode_batch_fast([self.checked(text, i) for i, text in enumerate(texts, first)])
+        except Exception as error:
+            if type(error) is not Exception:  # tokenizers raises plain Exception, everything else has a class
+                raise
+            raise ValueError(f"the tokenizer cannot encode: {error}. Is its tokenizer.json whole?") from error
         pairs = any(not isinstance(text, str) for text in texts)
         return Encoded(
             [e.ids for e in encodings],

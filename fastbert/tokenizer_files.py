@@ -12,6 +12,7 @@ from tokenizers import models, normalizers, pre_tokenizers, processors
 from fastbert.typed import field
 
 _CONFIG = "tokenizer_config.json"
+_UNKNOWN = "\ue000"  # a character of private use is in no vocabulary
 
 
 def read_tokenizer(folder: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
@@ -31,6 +32,7 @@ def read_tokenizer(folder: Path, config: Mapping[str, Any]) -> tokenizers.Tokeni
         return _wordpiece(vocab, config)
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
+        backend.encode(_UNKNOWN)  # some files are read, and fail at the first word that they do not know
     except Exception as error:  # tokenizers raises plain Exception
         raise ValueError(
             f"{path} ({path.stat().st_size} bytes) is not a tokenizer: {error}. Download it again"

@@ -59,7 +59,7 @@ class NameTable:
         """Rename and concatenate, in place, the entries below `prefix`; names that are ours already stay.
 
         Raises:
-            KeyError: some but not all parts of a concatenated tensor are there.
+            ValueError: some but not all parts of a concatenated tensor are there.
         """
         groups: dict[tuple[str, tuple[str, ...]], dict[int, torch.Tensor]] = {}
         for key in [k for k in state if k.startswith(prefix)]:
@@ -71,7 +71,7 @@ class NameTable:
             names = [f"{prefix}{name.format(*layers)}.{kind}" for name in self.rows[ours]]
             if len(parts) < len(names):
                 missing = [name for i, name in enumerate(names) if i not in parts]
-                raise KeyError(f"missing weight {', '.join(missing)}: the file has only {len(parts)} of {names}")
+                raise ValueError(f"missing weight {', '.join(missing)}: the file has only {len(parts)} of {names}")
             tensors = [parts[i] for i in range(len(names))]
             state[f"{prefix}{ours.format(*layers)}.{kind}"] = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 

@@ -19,6 +19,7 @@ C = TypeVar("C", bound="Config")
 
 _LABELS = ("id2label", "label2id")  # JSON knows no integer keys: `_set_labels` reads them
 _MAY_BE_ZERO = ("type_vocab_size", "pad_token_id", "num_labels", "num_hidden_layers", "n_layers")
+_NOT_NEGATIVE = ("initializer_range", "layer_norm_eps")  # not negative, and no one means 1000
 _MOST_LAYERS = 4096  # a number beyond is a broken file, and would be built for hours
 
 
@@ -99,6 +100,8 @@ class Config:
                 continue
             if is_a(1, kind) and not is_a(0.5, kind) and value < (0 if name in _MAY_BE_ZERO else 1):
                 raise ValueError(f"{name} is {value}; it must be {0 if name in _MAY_BE_ZERO else 1} or more")
+            if name in _NOT_NEGATIVE and not 0 <= value < 1000:
+                raise ValueError(f"{name} is {value}; it must be at least 0 and below 1000")
             if "layers" in name and value > _MOST_LAYERS:
                 raise ValueError(f"{name} is {value}; more than {_MOST_LAYERS} layers cannot be meant")
             if ("dropout" in name or name.endswith("_prob")) and not 0 <= value < 1:

@@ -29,8 +29,7 @@ def take_over(
         `missing_keys` and `unexpected_keys`.
 
     Raises:
-        KeyError: the encoder lacks a weight, or the file has one that no part of the model knows.
-        ValueError: a shape that does not match.
+        ValueError: the encoder lacks a weight, the file has one that no part of the model knows, or a shape differs.
     """
     legacy_names(state)
     expected = {k: v.shape for k, v in model.state_dict().items()}
@@ -45,13 +44,13 @@ def take_over(
     roots = tuple(f"{p}{root}." for root in model.head_roots for p in ("", prefix))
     kind = type(model).__name__
     if fatal := [k for k in unexpected if not k.startswith((*roots, *ignored))]:
-        raise KeyError(
+        raise ValueError(
             f"{source} has the weight {fatal[0]}{_more(fatal)}, which {kind} does not know"
             f"{nearest(fatal[0], expected)}. Is config.json the right one? "
             f"To leave it out: from_pretrained(..., ignore_unexpected=[{fatal[0].split('.')[0] + '.'!r}])"
         )
     if fatal := [k for k in missing if not k.startswith(roots)]:
-        raise KeyError(
+        raise ValueError(
             f"{source} lacks the weight {fatal[0]}{_more(fatal)} of {kind}{nearest(fatal[0], unexpected or state)}. "
             "Is config.json the right one?"
         )

@@ -176,8 +176,8 @@ class PreTrainedModel(nn.Module):
 
         Raises:
             FileNotFoundError: no such model (the message lists what was tried) or no weight file.
-            KeyError: the encoder lacks a weight, or the file has one that no part of the model knows.
-            ValueError: a corrupt file, or shapes that do not match the configuration.
+            ValueError: a corrupt file, a weight that the encoder lacks or no part of the model knows, or shapes that do
+                not match the configuration.
         """
         dtype = options.pop("torch_dtype", dtype)
         folder = resolve(name, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only)
