@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from fastbert.hub import resolve
 from fastbert.models.auto import AutoModel
 from fastbert.models.encoder import EncoderModel
-from fastbert.models.quantize import quantize_int8
+from fastbert.models.quantize import loaded_dtype, quantize
 from fastbert.packing import PackedBatch, pack, token_batches
 from fastbert.progress import progress
 from fastbert.sentence_folder import SIMILARITIES, Dense, SentenceFolder, read_folder, write_folder
@@ -27,7 +27,7 @@ from fastbert.vectors import Vectors, quantize_vectors, similarity, similarity_p
 from fastbert.weights import read_json
 from fastbert.windows import encode_windows
 
-DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
+DTYPES = ("auto", "float32", "bfloat16", "float16", "int8", "float8")
 COPY = 16384  # vectors that wait on the device: one copy for all of them, a GPU is not waited for at each batch
 # Tokens a batch. MiniLM fp32 on one Zen 5 thread, real sentences: 4.2 k tokens/s at 2048, 4.0 at 512, 3.8 at 8192.
 TOKENS_PER_THREAD, TOKENS_PER_GPU = 2048, 65536
@@ -109,6 +109,7 @@ class Embedder:
         Args:
             name: a folder or a hub id; see `fastbert.hub.resolve` for where it is looked for.
             dtype: `float32`; `bfloat16`; `float16` (GPU only); `int8` (CPU only, opt-in: cosine to fp32 about 0.998);
+                `float8` (GPU of capability 8.9 or newer, opt-in);
                 `auto` is bfloat16 on a GPU that has it, float16 on one that has not, float32 on a CPU.
             device: None = a GPU where there is one.
             num_threads: threads of a CPU forward pass; this is torch's setting and counts for the whole process.
@@ -127,14 +128,12 @@ class Embedder:
         folder = read_folder(root)
         family = AutoModel.class_of(read_json(folder.transformer / "config.json").get("model_type"))
         options: dict[str, Any] = {"add_pooling_layer": False} if "pooler" in family.head_roots else {}
-        weights_dtype = "float32" if dtype == "int8" else dtype
-        model = family.from_pretrained(folder.transformer, dtype=weights_dtype, device=device, **options)
+        model = family.from_pretrained(folder.transformer, dtype=loaded_dtype(dtype), device=device, **options)
         limit = position_limit(model)
         declared = None if folder.max_seq_length is None else min(folder.max_seq_length, limit)
         length = declared if max_seq_length is None else max_seq_length
         tokenizer = Tokenizer.from_folder(folder.transformer, limit, length, folder.do_lower_case)
-        if dtype == "int8":
-            quantize_int8(model)
+        quantize(model, dtype)
         return cls(model, tokenizer, folder)
 
     @property
@@ -378,11 +377,11 @@ class Embedder:
         """Write a folder that this class, sentence-transformers and other servers load.
 
         Raises:
-            ValueError: an int8 model: it has no float weights to write.
+            ValueError: an int8 or float8 model: it has no float weights to write.
         """
         root = Path(path)
-        if any(buffer.dtype == torch.int8 for buffer in self.model.buffers()):
-            raise ValueError("an int8 model cannot be saved: load it with dtype='float32' and save that")
+        if any(buffer.dtype.itemsize == 1 for buffer in self.model.buffers()):
+            raise ValueError("an int8 or float8 model cannot be saved: load it with dtype='float32' and save that")
         self.model.save_pretrained(root)
         self.tokenizer.save(root)
         content = replace(
@@ -413,4 +412,6 @@ def resolve_dtype(name: str, device: torch.device) -> str:
         raise ValueError("dtype 'float16' is for GPUs: use 'float32' or 'bfloat16' on a CPU")
     if name == "int8" and cuda:
         raise ValueError("dtype 'int8' is for CPUs: use 'bfloat16' on a GPU")
+    if name == "float8" and not (cuda and torch.cuda.get_device_capability(device) >= (8, 9)):
+        raise ValueError("dtype 'float8' is for GPUs of compute capability 8.9 or newer: use 'bfloat16'")
     return name

@@ -15,15 +15,18 @@ import torch
 from torch.nn.modules import module as global_hooks
 
 from fastbert import native
-from fastbert.engine import cpu
+from fastbert.engine import cpu, cuda
 from fastbert.models.encoder import EncoderModel
 from fastbert.ops.dispatch import forced_backend
 from fastbert.packing import PackedBatch
 
 MODES = ("auto", "off")
 
+Engine = cpu.Engine | cuda.Engine
+_ENGINES = {"cpu": cpu, "cuda": cuda}
+
 _mode = "auto"
-_compiled: WeakKeyDictionary[EncoderModel, cpu.Engine] = WeakKeyDictionary()
+_compiled: WeakKeyDictionary[EncoderModel, Engine] = WeakKeyDictionary()
 _compiling = threading.Lock()
 
 
@@ -55,22 +58,23 @@ def _circumstances(model: EncoderModel) -> str | None:
         return "autograd records: call under torch.no_grad() or torch.inference_mode() for the engine"
     if model.training:
         return "the model is in training mode: call model.eval() for the engine"
-    if forced_backend() is not None:
+    device = model.device.type
+    if device not in _ENGINES:
+        return f"there is no engine for {device}"
+    if device == "cpu" and forced_backend() is not None:
         return f"backend {forced_backend()!r} is forced"
-    if model.device.type != "cpu":
-        return f"there is no engine for {model.device.type}"
-    if torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled(device):
         return "autocast is on"
     if torch.compiler.is_compiling():
         return "torch.compile traces the call"
     if global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:
         return "a global forward hook is registered"
-    if not native.available():
+    if device == "cpu" and not native.available():
         return "the native extension was not built"
     return None
 
 
-def _engine(model: EncoderModel) -> cpu.Engine | str:
+def _engine(model: EncoderModel) -> Engine | str:
     """The engine of the model as it is now, packed (again) if need be; or why there is none."""
     engine = _compiled.get(model)
     if engine is not None and engine.is_fresh(model):
@@ -80,8 +84,8 @@ def _engine(model: EncoderModel) -> cpu.Engine | str:
         if engine is not None and engine.is_fresh(model):
             return engine
         _compiled.pop(model, None)  # the old panels go before the new ones come
-        made = cpu.compile(model)
-        if isinstance(made, cpu.Engine):
+        made = _ENGINES[model.device.type].compile(model)
+        if not isinstance(made, str):
             _compiled[model] = made
         return made
 
@@ -92,7 +96,7 @@ def run(model: EncoderModel, batch: PackedBatch) -> torch.Tensor | None:
     Raises:
         IndexError: ids outside a table.
     """
-    if _circumstances(model) or batch.input_ids.device.type != "cpu":
+    if _circumstances(model) or batch.input_ids.device.type not in ("cpu", model.device.type):
         return None
     engine = _engine(model)
     return None if isinstance(engine, str) else engine.run(batch)
@@ -104,4 +108,4 @@ def plan(model: EncoderModel) -> str:
     A call that asks for hidden states, attentions or gives `inputs_embeds` runs as ops whatever it says.
     """
     made = _circumstances(model) or _engine(model)
-    return str(made) if isinstance(made, cpu.Engine) else f"ops: {made}"
+    return f"ops: {made}" if isinstance(made, str) else str(made)

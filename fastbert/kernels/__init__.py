@@ -17,7 +17,11 @@ import torch
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _FILES = {op: op for op in ("embed", "attention", "add_layer_norm", "gelu", "pool", "cross_entropy")}
 _FILES["attention_rel_bias"] = "attention"
+_EPILOGUES = ("linear_gelu", "linear_add")
+_FILES |= dict.fromkeys((*_EPILOGUES, "float8_linear"), "linear")
+_RANGES = ("fill_ranges", "given_ranges")
 _OLDEST = (8, 0)  # Ampere: bf16 tensor cores and asynchronous copies
+_OLDEST_FLOAT8 = (8, 9)
 
 
 @cache
@@ -41,7 +45,12 @@ def supports(op: str, device_type: str, dtype: torch.dtype) -> bool:
         return False
     if device_type == "cpu":  # the interpreter multiplies the raw bits of bf16
         return interpreted() and dtype != torch.bfloat16
-    return device_type == "cuda" and not interpreted() and not _too_old()
+    if device_type != "cuda" or interpreted() or _too_old():
+        return False
+    if op in _EPILOGUES:
+        configs = importlib.import_module(f"{__name__}.configs")
+        return op in configs.EPILOGUES.get(configs.architecture(), ())
+    return op != "float8_linear" or torch.cuda.get_device_capability() >= _OLDEST_FLOAT8
 
 
 def require() -> None:
@@ -54,6 +63,8 @@ def require() -> None:
 
 
 def __getattr__(name: str) -> Callable[..., Any]:
+    if name in _RANGES:
+        return getattr(importlib.import_module(f"{__name__}.ranges"), name)
     op = name.removesuffix("_fwd").removesuffix("_bwd")
     if op == name or op not in _FILES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -29,10 +29,20 @@ from fastbert.kernels.attention import (
 )
 from fastbert.kernels.cross_entropy import cross_entropy_bwd, cross_entropy_fwd
 from fastbert.kernels.embed import embed_bwd, embed_fwd
+from fastbert.kernels.linear import (
+    FLOAT8,
+    Rows,
+    float8_linear_fwd,
+    linear_add_fwd,
+    linear_gelu_fwd,
+    linear_rows_fwd,
+    norm_linear_fwd,
+)
 from fastbert.kernels.gelu import gelu_bwd, gelu_fwd
 from fastbert.kernels.pool import pool_bwd, pool_fwd
 
 ARCHITECTURES = (80, 90)
+OLDEST_FLOAT8 = 89
 
 
 @dataclass(frozen=True)
@@ -81,7 +91,18 @@ def _calls(dtype: torch.dtype, K: int, p: float) -> dict[str, Callable[[], Any]]
     tables, pooled = (ids, ids, ids, x, x, x), torch.empty(S, D, dtype=dtype)
     argmax = torch.empty(S, D, dtype=torch.int32)
     rest = (cu, 128, K**-0.5, p, 1)
+    inner, up, down = torch.empty(4096, F, dtype=dtype), torch.empty(F, D, dtype=dtype), torch.empty(D, F, dtype=dtype)
+    many, bias, wide = torch.empty(4096, D, dtype=dtype), torch.empty(D, dtype=dtype), torch.empty(F)
+    rows = Rows(many, torch.empty(triton.cdiv(D, 256), 2, 4096), 256, w, w, 1e-12)
+    float8 = (torch.empty(F, D, dtype=FLOAT8), wide, b)
     return {
+        "linear_gelu_fwd": lambda: linear_gelu_fwd(many, up, b, "none"),
+        "linear_gelu_fwd short": lambda: linear_gelu_fwd(x, up, b, "none"),
+        "linear_add_fwd": lambda: linear_add_fwd(inner, down, bias, many),
+        "linear_add_fwd short": lambda: linear_add_fwd(g, down, bias, x),
+        "linear_rows_fwd": lambda: linear_rows_fwd(inner, down, bias, rows, w, w, 1e-12),
+        "norm_linear_fwd": lambda: norm_linear_fwd(rows, (up, wide, wide), "erf"),
+        "float8_linear_fwd": lambda: float8_linear_fwd(many, *float8),
         "gelu_fwd": lambda: gelu_fwd(g, b, "none"),
         "gelu_bwd": lambda: gelu_bwd(g, g, b, "none"),
         "gelu_fwd tanh": lambda: gelu_fwd(g, b, "tanh"),
@@ -175,7 +196,7 @@ def compile_ahead(
         raise RuntimeError("TRITON_INTERPRET is set, so there is nothing to compile: unset it")
     compiled = []
     for call, function in _calls(dtype, head_size, dropout_p).items():
-        if match in call:
+        if match in call and not (architecture < OLDEST_FLOAT8 and call.startswith("float8")):
             with _recording(architecture) as launches:
                 function()
             compiled += [_compile(call, architecture, launch) for launch in launches]

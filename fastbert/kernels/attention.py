@@ -13,29 +13,15 @@ from torch import Tensor
 
 from fastbert.kernels.common import dropout_args, dropout_keep, on_device
 from fastbert.kernels.configs import (
-    RANGES_TILE,
     attention_dkv_tile,
     attention_dq_tile,
     attention_fwd_tile,
     check_head_size,
 )
+from fastbert.kernels.ranges import token_ranges
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _Q, _K, _V = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-
-
-@triton.jit(do_not_specialize=["T", "S"])
-def _ranges_kernel(cu_seqlens, ranges, T, S, BLOCK: tl.constexpr):
-    """One program: one sequence; the last one has the tokens after it, which see nothing. Memory: writes 8 T bytes."""
-    sequence = tl.program_id(0)
-    first = tl.load(cu_seqlens + sequence)
-    end = tl.load(cu_seqlens + sequence + 1, mask=sequence < S, other=0)
-    stop = tl.where(sequence < S, end, T)
-    end = tl.where(sequence < S, end, first)
-    for start in range(first, stop, BLOCK):
-        tokens = start + tl.arange(0, BLOCK)
-        tl.store(ranges + tokens, first, mask=tokens < stop)
-        tl.store(ranges + T + tokens, end, mask=tokens < stop)
 
 
 @triton.jit
@@ -216,15 +202,6 @@ def _attention_dkv_kernel(
     _store_rows(dqkv, dv, first_key, T, (_V * H + head) * K, BLOCK_N, 3 * H * K, K)
 
 
-def _token_ranges(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
-    """(2, T) int32: first and past-the-end key of each token. Tokens after the last sequence see none: their outputs
-    and gradients are zeros, so that a batch may be a bucket of a fixed T."""
-    ranges = torch.empty(2, num_tokens, dtype=torch.int32, device=cu_seqlens.device)
-    S = cu_seqlens.numel() - 1
-    _ranges_kernel[(S + 1,)](cu_seqlens.contiguous(), ranges, num_tokens, S, RANGES_TILE.cols, **RANGES_TILE.options())
-    return ranges
-
-
 def _fold_offsets(totals: Tensor, R: int) -> Tensor:
     """(H, 2n - 1) sums by offset from 1 - n to n - 1 -> (H, 2R - 1): offsets past R - 1 count as R - 1."""
     n = (totals.shape[1] + 1) // 2
@@ -262,7 +239,7 @@ def attention_rel_bias_fwd(
     with on_device(qkv):
         tile = attention_fwd_tile(K, qkv.dtype, rel_bias is not None)
         _attention_fwd_kernel[(triton.cdiv(T, tile.rows), H)](
-            qkv, rel_bias, _token_ranges(cu_seqlens, T), out, lse, scale, *dropout_args(dropout_p, seed), T, R,
+            qkv, rel_bias, token_ranges(cu_seqlens, T), out, lse, scale, *dropout_args(dropout_p, seed), T, R,
             H, K, tile.rows, tile.cols, **tile.options(),
         )  # fmt: skip
     return out, lse
@@ -278,7 +255,7 @@ def attention_rel_bias_bwd(
     dropout = dropout_args(dropout_p, seed)
     R = 0 if rel_bias is None else (rel_bias.shape[1] + 1) // 2
     with on_device(qkv):
-        ranges = _token_ranges(cu_seqlens, T)
+        ranges = token_ranges(cu_seqlens, T)
         tile = attention_dq_tile(K, qkv.dtype, rel_bias is not None)
         grid = (triton.cdiv(T, tile.rows), H)
         diagonals = None

@@ -86,3 +86,25 @@ def check_head_size(qkv: Tensor) -> None:
     """Raise ValueError for heads that are too wide for the register file."""
     if not 1 <= qkv.shape[3] <= MAX_HEAD_SIZE:
         raise ValueError(f"the triton attention takes head sizes 1 to {MAX_HEAD_SIZE}, got {qkv.shape[3]}")
+
+
+# Fused linear layers that beat the vendor's GEMM and a kernel after it, by architecture: `benchmarks/gpu.py` measures
+# them, and until it has on an architecture, none is used there.
+EPILOGUES: dict[int, frozenset[str]] = {}
+
+
+def linear_tile(num_rows: int, num_cols: int, dtype: torch.dtype) -> tuple[Tile, int]:
+    """Rows by columns of y, and the depth of a step."""
+    if dtype == torch.float32:
+        return Tile(32, 32, 4, 2), 32
+    depth = 128 if dtype.itemsize == 1 else 64
+    if num_rows <= 512:  # few rows: narrow tiles, so that every multiprocessor streams weights
+        return Tile(64, 32 if num_cols <= 1024 else 64, 4, 4), depth
+    if architecture() >= 90:
+        return Tile(128, 128, 8, 4), depth
+    return Tile(128, 128, 8, 3), depth // 2
+
+
+def quantize_tile(num_features: int) -> Tile:
+    """A row is never cut."""
+    return norm_tile(num_features)

@@ -22,6 +22,13 @@ def _cdf(z, TANH: tl.constexpr):
     return p, 0.3989422804014327 * tl.exp(-0.5 * z * z)
 
 
+@triton.jit
+def gelu_of(z, TANH: tl.constexpr):
+    """gelu(z) in fp32."""
+    p, _ = _cdf(z, TANH)
+    return z * p
+
+
 @triton.jit(do_not_specialize=["T"])
 def _gelu_fwd_kernel(x, bias, y, T, F: tl.constexpr, TANH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """One program: a block of rows and features. Memory: reads x, writes y, the bias stays in L2."""
@@ -32,8 +39,7 @@ def _gelu_fwd_kernel(x, bias, y, T, F: tl.constexpr, TANH: tl.constexpr, ROWS: t
     z = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
     if bias is not None:
         z += tl.load(bias + cols, mask=cols < F, other=0.0).to(tl.float32)
-    p, _ = _cdf(z, TANH)
-    tl.store(y + offsets, z * p, mask=inside)
+    tl.store(y + offsets, gelu_of(z, TANH), mask=inside)
 
 
 @triton.jit(do_not_specialize=["T"])

@@ -1,15 +1,16 @@
-"""Trained models to 8-bit inference: swaps linear layers for int8 ones. It trains nothing and calibrates nothing."""
+"""Trained models to 8-bit inference: swaps linear layers for int8 or float8 ones. It trains nothing and calibrates nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import TypeVar
+from collections.abc import Callable, Collection
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from fastbert.models.pretrained import PreTrainedModel
+from fastbert.ops.float8_linear import float8_linear, quantize_rows_float8
 from fastbert.ops.int8_linear import int8_linear, quantize_rows
 
 M = TypeVar("M", bound=PreTrainedModel)
@@ -53,6 +54,44 @@ class Int8Linear(nn.Module):
         return F.linear(x.float(), self.weight * self.weight_scale[:, None], self.bias).to(x.dtype)
 
 
+class Float8Linear(nn.Module):
+    """An `nn.Linear` whose weight is float8 e4m3 with one fp32 scale per output channel, for GPUs that multiply it.
+
+    Attributes:
+        weight: (N, K) float8_e4m3fn.
+        weight_scale: (N) fp32.
+        bias: (N) in the dtype of the linear layer, or None.
+    """
+
+    weight: torch.Tensor
+    weight_scale: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight, scale = quantize_rows_float8(linear.weight.detach())
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", scale)
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().clone())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(T, K) -> (T, N) in the dtype of `x`."""
+        return float8_linear(x, self.weight, self.weight_scale, self.bias)
+
+
+def _swap(model: PreTrainedModel, make: Callable[[str, nn.Linear], nn.Module]) -> None:
+    """Put what `make(name, linear)` gives in the place of the encoder's linear layers."""
+    parents: list[nn.Module] = [model, *model.get_submodule("encoder").modules()]
+    swapped = 0
+    for parent in parents:
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, make(name, child))
+                swapped += 1
+    if not swapped:
+        raise ValueError(f"{type(model).__name__} has no float linear layer: already in int8 or float8?")
+
+
 def quantize_int8(model: M, sensitive: Collection[str] = SENSITIVE) -> M:
     """Swap, in place, the linear layers of the encoder for `Int8Linear`; the float weights are let go.
 
@@ -63,13 +102,34 @@ def quantize_int8(model: M, sensitive: Collection[str] = SENSITIVE) -> M:
     Raises:
         ValueError: the model's encoder has no linear layer that could be swapped (already quantised?).
     """
-    parents: list[nn.Module] = [model, *model.get_submodule("encoder").modules()]
-    swapped = 0
-    for parent in parents:
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(parent, name, Int8Linear(child, 16 if name in sensitive else 8))
-                swapped += 1
-    if not swapped:
-        raise ValueError(f"{type(model).__name__} has no float linear layer: already in int8?")
+    _swap(model, lambda name, linear: Int8Linear(linear, 16 if name in sensitive else 8))
     return model.eval()
+
+
+def quantize_float8(model: M) -> M:
+    """Swap, in place, the linear layers of the encoder for `Float8Linear`; the float weights are let go.
+
+    Args:
+        model: a trained model; embeddings, norms, pooler and heads stay as they are.
+
+    Raises:
+        ValueError: the model's encoder has no linear layer that could be swapped (already quantised?).
+    """
+    _swap(model, lambda name, linear: Float8Linear(linear))
+    return model.eval()
+
+
+_PRECISIONS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "int8": ("float32", quantize_int8),
+    "float8": ("bfloat16", quantize_float8),
+}
+
+
+def loaded_dtype(name: str) -> str:
+    """The dtype in which weights are loaded for a precision: itself, unless `quantize` makes it from another."""
+    return _PRECISIONS[name][0] if name in _PRECISIONS else name
+
+
+def quantize(model: M, name: str) -> M:
+    """Swap the model's linear layers, in place, if the precision is one of 8 bits."""
+    return _PRECISIONS[name][1](model) if name in _PRECISIONS else model

@@ -5,8 +5,10 @@ from fastbert.ops.attention import attention
 from fastbert.ops.cross_entropy import cross_entropy
 from fastbert.ops.dispatch import use_backend
 from fastbert.ops.embed import embed
+from fastbert.ops.float8_linear import float8_linear
 from fastbert.ops.gelu import gelu
 from fastbert.ops.int8_linear import int8_linear
+from fastbert.ops.linear import linear_add, linear_gelu
 from fastbert.ops.plan import plan_batches, plan_concat, plan_mask
 from fastbert.ops.pool import pool
 
@@ -19,6 +21,9 @@ OPS = (
     "pool",
     "cross_entropy",
     "int8_linear",
+    "float8_linear",
+    "linear_gelu",
+    "linear_add",
     "plan_mask",
     "plan_batches",
     "plan_concat",
@@ -30,8 +35,11 @@ __all__ = [
     "attention",
     "cross_entropy",
     "embed",
+    "float8_linear",
     "gelu",
     "int8_linear",
+    "linear_add",
+    "linear_gelu",
     "plan_batches",
     "plan_concat",
     "plan_mask",

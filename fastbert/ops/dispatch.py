@@ -112,3 +112,19 @@ def chosen(op: str, device_type: str, dtype: torch.dtype) -> str:
     """Name of the backend that `op` takes on this device and dtype, as nothing is forced."""
     module = _choose(op, device_type, dtype, None)
     return REFERENCE if module is None else next(n for n, path in BACKENDS.items() if path == module.__name__)
+
+
+def fused(op: str, x: torch.Tensor) -> ModuleType | None:
+    """The backend in force if it computes `op`, a composition of other ops, in one kernel, else None: the parts are then
+    computed one by one, whatever is forced."""
+    names = DEFAULT.get(x.device.type, ()) if forced_backend() is None else (forced_backend(),)
+    for name in names:
+        if name != REFERENCE and _module(str(name)).supports(op, x.device.type, x.dtype):
+            return _module(str(name))
+    return None
+
+
+def capturable(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether kernels compute all of an encoder's ops: the reference of attention looks at lengths, on the host, which a
+    CUDA graph cannot."""
+    return all(_choose(op, device_type, dtype, forced_backend()) for op in ("embed", "attention", "add_layer_norm"))

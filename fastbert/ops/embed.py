@@ -70,7 +70,7 @@ class EmbedFunction(torch.autograd.Function):
         return None, None, None, None, dword, dposition, dtoken_type, dweight, dbias, None, None, None, None
 
 
-def _check_ids(name: str, ids: torch.Tensor, table: torch.Tensor) -> None:
+def check_ids(name: str, ids: torch.Tensor, table: torch.Tensor) -> None:
     """Raise on ids outside the table. Only on the CPU: on a GPU the check would cost a synchronisation."""
     if not can_look(ids) or ids.numel() == 0:
         return
@@ -122,10 +122,10 @@ def embed(
     dtypes = {t.dtype for t in (word, position, token_type) if t is not None}
     if len(dtypes) > 1:
         raise ValueError(f"the embedding tables must have one dtype, got {', '.join(sorted(map(str, dtypes)))}")
-    _check_ids("input_ids", input_ids, word)
-    _check_ids("position_ids", position_ids, position)
+    check_ids("input_ids", input_ids, word)
+    check_ids("position_ids", position_ids, position)
     if type_ids is not None and token_type is not None:
-        _check_ids("type_ids", type_ids, token_type)
+        check_ids("type_ids", type_ids, token_type)
     check_dropout(dropout_p)
     backend = backend_for("embed", word)
     if backend is None:

@@ -21,7 +21,7 @@ from fastbert.models.auto import (
     AutoModelForTokenClassification,
 )
 from fastbert.models.encoder import EncoderModel
-from fastbert.models.quantize import quantize_int8
+from fastbert.models.quantize import loaded_dtype, quantize
 from fastbert.packing import PackedBatch
 from fastbert.pooling import Pooling
 from fastbert.serve import readouts
@@ -140,13 +140,12 @@ class Served:
                 kind, embedder.model, embedder.tokenizer, dtype, embedder=embedder, num_threads=num_threads, sha=sha
             )
         family = _HEADS[kind.name].class_of(read_json(kind.transformer / "config.json").get("model_type"))
-        model = family.from_pretrained(kind.transformer, dtype="float32" if dtype == "int8" else dtype, device=device)
+        model = family.from_pretrained(kind.transformer, dtype=loaded_dtype(dtype), device=device)
         limit = position_limit(model.base_model)
         declared = None if kind.max_length is None else min(kind.max_length, limit)
         length = declared if max_seq_length is None else max_seq_length
         tokenizer = Tokenizer.from_folder(kind.transformer, limit, length)
-        if dtype == "int8":
-            quantize_int8(model.base_model)
+        quantize(model.base_model, dtype)
         return cls(kind, model, tokenizer, dtype, num_threads=num_threads, sha=sha)
 
     @property

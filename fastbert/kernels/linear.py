@@ -1,0 +1,207 @@
+"""Linear layers with their epilogues in one kernel: GELU, the residual, row statistics, and the layer norm before.
+
+y = f(x W^T + b) + r, with fp32 sums. A norm folds in as LN(z) W^T + b = (z (gamma W)^T - mean u) / std + (b + W beta) with
+u = (gamma W) 1: the GEMM that makes z leaves each row's sum and sum of squares about its mean, tile by tile, and the next
+one applies them to its own sums (and to a residual that is LN(z)). So z is written once and never normalised in memory.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastbert.kernels.common import on_device
+from fastbert.kernels.configs import linear_tile, quantize_tile
+from fastbert.kernels.gelu import gelu_of
+
+FLOAT8 = torch.float8_e4m3fn
+FLOAT8_MAX = tl.constexpr(448.0)
+
+
+class Rows(NamedTuple):
+    """Rows before their layer norm, with what makes the norm of them.
+
+    Attributes:
+        z: (T, D), what is normalised.
+        partials: (tiles, 2, T) fp32: of each tile of `cols` features, sum and sum of squared distances to its mean.
+        cols: features of a tile.
+        weight, bias, eps: of the norm.
+    """
+
+    z: Tensor
+    partials: Tensor
+    cols: int
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+
+@triton.jit
+def _statistics(partials, rows, T, eps, D: tl.constexpr, COLS: tl.constexpr):
+    """Mean and 1 / sqrt(var + eps) of rows, from their tiles' sums (Chan et al. 1979)."""
+    mean = tl.zeros(rows.shape, tl.float32)
+    for i in range((D + COLS - 1) // COLS):
+        mean += tl.load(partials + 2 * i * T + rows, mask=rows < T, other=0.0)
+    mean /= D
+    squares = tl.zeros(rows.shape, tl.float32)
+    for i in range((D + COLS - 1) // COLS):
+        n = tl.minimum(COLS, D - i * COLS).to(tl.float32)
+        off = tl.load(partials + 2 * i * T + rows, mask=rows < T, other=0.0) / n - mean
+        squares += tl.load(partials + (2 * i + 1) * T + rows, mask=rows < T, other=0.0) + n * off * off
+    return mean, 1.0 / tl.sqrt(squares / D + eps)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _linear_kernel(
+    x, weight, bias, residual, y, x_scale, weight_scale, x_partials, u, x_eps,
+    r_partials, r_weight, r_bias, r_eps, y_partials, T,
+    N: tl.constexpr, K: tl.constexpr, P: tl.constexpr, GELU: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """One program: a tile of y; neighbours share their rows of W in L2. Memory: reads x and W once a tile, writes y;
+    residual, scales and statistics only where there are some."""
+    pid = tl.program_id(0)
+    num_m, num_n = tl.cdiv(T, ROWS), tl.cdiv(N, COLS)
+    group = pid // (8 * num_n)  # eight tiles of rows walk the columns together
+    size = tl.minimum(num_m - group * 8, 8)
+    tile_m = group * 8 + (pid % (8 * num_n)) % size
+    tile_n = (pid % (8 * num_n)) // size
+    rows = tile_m * ROWS + tl.arange(0, ROWS)
+    cols = tile_n * COLS + tl.arange(0, COLS)
+    depth = tl.arange(0, DEPTH)
+    a = x + (rows % T).to(tl.int64)[:, None] * K + depth  # rows past T are computed and not stored
+    b = weight + (cols % N).to(tl.int64)[None, :] * K + depth[:, None]
+    acc = tl.zeros((ROWS, COLS), tl.float32)
+    for k in range(0, K, DEPTH):
+        if K % DEPTH == 0:
+            acc = tl.dot(tl.load(a), tl.load(b), acc, input_precision="ieee")
+        else:
+            left = tl.load(a, mask=(k + depth < K)[None, :], other=0.0)
+            right = tl.load(b, mask=(k + depth < K)[:, None], other=0.0)
+            acc = tl.dot(left, right, acc, input_precision="ieee")
+        a += DEPTH
+        b += DEPTH
+    there = cols < N
+    if x_scale is not None:
+        acc *= tl.load(x_scale + rows, mask=rows < T, other=0.0)[:, None]
+        acc *= tl.load(weight_scale + cols, mask=there, other=0.0)[None, :]
+    if x_partials is not None:
+        mean, rstd = _statistics(x_partials, rows, T, x_eps, K, P)
+        acc = (acc - mean[:, None] * tl.load(u + cols, mask=there, other=0.0)[None, :]) * rstd[:, None]
+    if bias is not None:
+        acc += tl.load(bias + cols, mask=there, other=0.0).to(tl.float32)[None, :]
+    if GELU != "":
+        acc = gelu_of(acc, GELU == "tanh")
+    inside = (rows < T)[:, None] & there[None, :]
+    offsets = rows.to(tl.int64)[:, None] * N + cols[None, :]
+    if residual is not None:
+        r = tl.load(residual + offsets, mask=inside, other=0.0).to(tl.float32)
+        if r_partials is not None:
+            mean, rstd = _statistics(r_partials, rows, T, r_eps, N, P)
+            gamma = tl.load(r_weight + cols, mask=there, other=0.0).to(tl.float32)[None, :]
+            beta = tl.load(r_bias + cols, mask=there, other=0.0).to(tl.float32)[None, :]
+            r = (r - mean[:, None]) * rstd[:, None] * gamma + beta
+        acc += r
+    if y_partials is not None:
+        n = tl.minimum(COLS, N - tile_n * COLS).to(tl.float32)
+        stored = tl.where(inside, acc.to(y.dtype.element_ty).to(tl.float32), 0.0)  # of what the next kernel reads
+        total = tl.sum(stored, 1)
+        off = tl.where(inside, stored - (total / n)[:, None], 0.0)
+        at = y_partials + 2 * tile_n * T + rows
+        tl.store(at, total, mask=rows < T)
+        tl.store(at + T, tl.sum(off * off, 1), mask=rows < T)
+    tl.store(y + offsets, acc, mask=inside)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _quantize_kernel(x, q, scale, T, K: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """One program: a few whole rows. Memory: reads x, writes a byte for each value and a scale a row."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    cols = tl.arange(0, COLS)
+    inside = (rows < T)[:, None] & (cols < K)
+    offsets = rows.to(tl.int64)[:, None] * K + cols
+    values = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
+    s = tl.max(tl.abs(values), 1) / FLOAT8_MAX
+    divisor = tl.where(s == 0.0, 1.0, s)
+    tl.store(q + offsets, (values / divisor[:, None]).to(q.dtype.element_ty), mask=inside)
+    tl.store(scale + rows, s, mask=rows < T)
+
+
+def _launch(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | Rows | None, gelu: str, statistics: bool,
+    dtype: torch.dtype, scales: tuple[Tensor | None, Tensor | None] = (None, None),
+    norm: tuple[Rows, Tensor] | None = None,
+) -> tuple[Tensor, Tensor | None, int]:  # fmt: skip
+    """y (T, N), its partial statistics if wanted, and the features of their tiles."""
+    (T, K), N = x.shape, weight.shape[0]
+    y = torch.empty(T, N, dtype=dtype, device=x.device)
+    tile, depth = linear_tile(T, N, x.dtype)
+    partials = None
+    if statistics:
+        partials = torch.empty(triton.cdiv(N, tile.cols), 2, T, dtype=torch.float32, device=x.device)
+    rows = residual if isinstance(residual, Rows) else None
+    added = rows.z if rows is not None else residual
+    x_partials, u, x_eps = (None, None, 0.0) if norm is None else (norm[0].partials, norm[1], norm[0].eps)
+    folded = rows or (norm[0] if norm is not None else None)
+    with on_device(x):
+        _linear_kernel[(triton.cdiv(T, tile.rows) * triton.cdiv(N, tile.cols),)](
+            x, weight, bias, added, y, *scales, x_partials, u, x_eps,
+            *((None, None, None, 0.0) if rows is None else (rows.partials, rows.weight, rows.bias, rows.eps)),
+            partials, T, N, K, 1 if folded is None else folded.cols, gelu,
+            tile.rows, tile.cols, depth, **tile.options(),
+        )  # fmt: skip
+    return y, partials, tile.cols
+
+
+def linear_gelu_fwd(x: Tensor, weight: Tensor, bias: Tensor, approximate: str) -> Tensor:
+    """See `fastbert.ops.linear`."""
+    return _launch(x, weight, bias, None, "tanh" if approximate == "tanh" else "erf", False, x.dtype)[0]
+
+
+def linear_add_fwd(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+    """See `fastbert.ops.linear`."""
+    return _launch(x, weight, bias, residual, "", False, x.dtype)[0]
+
+
+def linear_rows_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | Rows, norm_weight: Tensor, norm_bias: Tensor, eps: float
+) -> Rows:
+    """z = x W^T + b + residual, with the statistics of its rows; a residual of `Rows` is their norm."""
+    z, partials, cols = _launch(x, weight, bias, residual, "", True, x.dtype)
+    assert partials is not None
+    return Rows(z, partials, cols, norm_weight, norm_bias, eps)
+
+
+def fold_norm(weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """W' = gamma W in the dtype of W, u = W' 1 (fp32, of the rounded W'), c = b + W beta (fp32)."""
+    wide = weight.float()
+    folded = (wide * norm_weight.float()).to(weight.dtype)
+    return folded, folded.float().sum(1), bias.float() + wide @ norm_bias.float()
+
+
+def norm_linear_fwd(rows: Rows, folded: tuple[Tensor, Tensor, Tensor], gelu: str = "") -> Tensor:
+    """f(LN(z) W^T + b) from `fold_norm`'s weights; `gelu` is "", "erf" or "tanh"."""
+    weight, u, c = folded
+    return _launch(rows.z, weight, c, None, gelu, False, rows.z.dtype, norm=(rows, u))[0]
+
+
+def quantize_rows_fwd(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(T, K) -> (T, K) float8 e4m3 and (T) fp32 scales: row maxima become 448."""
+    T, K = x.shape
+    q, scale = torch.empty(T, K, dtype=FLOAT8, device=x.device), torch.empty(T, dtype=torch.float32, device=x.device)
+    tile = quantize_tile(K)
+    with on_device(x):
+        _quantize_kernel[(triton.cdiv(T, tile.rows),)](x, q, scale, T, K, tile.rows, tile.cols, **tile.options())
+    return q, scale
+
+
+def float8_linear_fwd(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, gelu: str = ""
+) -> Tensor:
+    """See `fastbert.ops.float8_linear`."""
+    q, scale = quantize_rows_fwd(x)
+    return _launch(q, weight, bias, None, gelu, False, x.dtype, (scale, weight_scale))[0]

@@ -1,0 +1,60 @@
+"""Which keys each token sees: (2, T) int32, its first and its past-the-end key.
+
+Attention is a function of these alone, so a CUDA graph of a bucket of T tokens reads them from a static buffer, and
+serves any number of sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastbert.kernels.configs import RANGES_TILE
+
+_given: ContextVar[Tensor | None] = ContextVar("ranges", default=None)
+
+
+@triton.jit(do_not_specialize=["T", "S"])
+def _ranges_kernel(cu_seqlens, ranges, T, S, BLOCK: tl.constexpr):
+    """One program: one sequence; the last one has the tokens after it, which see nothing. Memory: writes 8 T bytes."""
+    sequence = tl.program_id(0)
+    first = tl.load(cu_seqlens + sequence)
+    end = tl.load(cu_seqlens + sequence + 1, mask=sequence < S, other=0)
+    stop = tl.where(sequence < S, end, T)
+    end = tl.where(sequence < S, end, first)
+    for start in range(first, stop, BLOCK):
+        tokens = start + tl.arange(0, BLOCK)
+        tl.store(ranges + tokens, first, mask=tokens < stop)
+        tl.store(ranges + T + tokens, end, mask=tokens < stop)
+
+
+def fill_ranges(cu_seqlens: Tensor, ranges: Tensor) -> Tensor:
+    """Write the ranges of a batch into contiguous (2, T). Tokens after the last sequence see none: their outputs and gradients
+    are zeros, so that a batch may be a bucket of a fixed T."""
+    T, S = ranges.shape[1], cu_seqlens.numel() - 1
+    _ranges_kernel[(S + 1,)](cu_seqlens.contiguous(), ranges, T, S, RANGES_TILE.cols, **RANGES_TILE.options())
+    return ranges
+
+
+@contextmanager
+def given_ranges(ranges: Tensor) -> Iterator[None]:
+    """In the block, and this thread, every attention over as many tokens reads these instead of its `cu_seqlens`."""
+    token = _given.set(ranges)
+    try:
+        yield
+    finally:
+        _given.reset(token)
+
+
+def token_ranges(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """(2, T) int32 ranges of a batch: the ones that are given, or made from `cu_seqlens`."""
+    ranges = _given.get()
+    if ranges is not None and ranges.shape[1] == num_tokens:
+        return ranges
+    return fill_ranges(cu_seqlens, torch.empty(2, num_tokens, dtype=torch.int32, device=cu_seqlens.device))
