@@ -13,7 +13,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from itertools import groupby
@@ -27,6 +27,8 @@ from benchmarks import harness, peers
 from benchmarks.texts import WORDS, real_texts
 from fastbert import Embedder, native
 from fastbert.hub import DEFAULT_MODEL, resolve
+from fastbert.models import BertConfig, BertModel
+from fastbert.packing import pack
 from fastbert.sentence_folder import read_folder
 
 GATE = 0.9995
@@ -37,23 +39,33 @@ LENGTHS = (16, 32, 64, 128, 256, 512)  # tokens of a lone text
 Encode = Callable[[list[str]], np.ndarray]
 
 
+def reason_against(name: str) -> str | None:
+    """Why a provider cannot be measured here, and what to do; None where it can.
+
+    Raises:
+        SystemExit: there is no such provider.
+    """
+    if name in OWN:
+        return None
+    if name in peers.PEERS:
+        return peers.reason_against(peers.PEERS[name])
+    if name not in LIBRARIES:
+        raise SystemExit(f"no provider {name!r}; there are {', '.join([*OWN, *LIBRARIES, *peers.PEERS])}")
+    if importlib.util.find_spec("sentence_transformers") is None:
+        return "missing: pip install sentence-transformers"
+    return peers.NO_BFLOAT16 if LIBRARIES[name] == torch.bfloat16 and not peers.has_bfloat16() else None
+
+
 def providers(folder: str, only: list[str] | None) -> Iterator[tuple[str, Encode]]:
     """(name, encode) of everything that can run here; the others are named with the reason, and what to do."""
     for name in [*OWN, *LIBRARIES, *peers.PEERS] if only is None else only:
-        if name in OWN:
+        reason = reason_against(name)
+        if reason is not None:
+            print(f"{name}: {reason}")
+        elif name in OWN:
             yield name, partial(Embedder.from_pretrained(folder, OWN[name]).encode, normalize_embeddings=True)
         elif name in peers.PEERS:
-            reason = peers.reason_against(peers.PEERS[name])
-            if reason is None:
-                yield name, peers.make(name, Path(folder))
-            else:
-                print(f"{name}: {reason}")
-        elif name not in LIBRARIES:
-            raise SystemExit(f"no provider {name!r}; there are {', '.join([*OWN, *LIBRARIES, *peers.PEERS])}")
-        elif importlib.util.find_spec("sentence_transformers") is None:
-            print(f"{name}: missing: pip install sentence-transformers")
-        elif LIBRARIES[name] == torch.bfloat16 and not peers.has_bfloat16():
-            print(f"{name}: {peers.NO_BFLOAT16}")
+            yield name, peers.make(name, Path(folder))
         else:
             from sentence_transformers import SentenceTransformer
 
@@ -64,6 +76,20 @@ def providers(folder: str, only: list[str] | None) -> Iterator[tuple[str, Encode
 def dtype_of(name: str) -> str:
     """In which a provider computes, by its name."""
     return {"bf16": "bfloat16", "int8": "int8"}.get(name.rpartition("-")[2], "float32")
+
+
+@torch.inference_mode()
+def roofs_of(dtype: str) -> harness.Roofs:
+    """Roofs in which the GEMM is the fastest of the libraries' and of our own, seen in one wide layer."""
+    roofs = harness.measure_roofs(getattr(torch, dtype), "cpu")
+    if dtype == "int8":
+        return roofs
+    D, F, lengths = 1024, 4096, [16] * 32
+    config = BertConfig(num_hidden_layers=1, hidden_size=D, num_attention_heads=16, intermediate_size=F, vocab_size=64)
+    model = BertModel(config, add_pooling_layer=False).eval().to(getattr(torch, dtype))
+    batch = pack([[1] * n for n in lengths])
+    ms = min(harness.interleave({"layer": lambda: model.forward_packed(batch)}, 10)["layer"])
+    return replace(roofs, flop_s=max(roofs.flop_s, 2 * (4 * D * D + 2 * D * F) * sum(lengths) / ms * 1e3))
 
 
 def worst_cosine(vectors: np.ndarray, exact: np.ndarray) -> float:
@@ -225,7 +251,7 @@ def main() -> None:
         exact = Embedder.from_pretrained(folder, dtype="float32")
         exact.model.double()
         dtypes = dict.fromkeys(map(dtype_of, encoders))
-        bench = Bench(encoders, exact, {d: harness.measure_roofs(getattr(torch, d), "cpu") for d in dtypes})
+        bench = Bench(encoders, exact, {dtype: roofs_of(dtype) for dtype in dtypes})
         rows: list[harness.Row] = []
         for mix, words in list(WORDS.items())[: 1 if args.quick else None]:
             texts = real_texts(words, args.texts)

@@ -163,7 +163,9 @@ def percentiles(times: list[float]) -> tuple[float, float, float]:
 def commit() -> str:
     """The short hash of HEAD, with + where the tree differs from it; outside of a checkout the version installed."""
     run = ["git", "describe", "--always", "--dirty=+", "--abbrev=7", "--exclude=*"]
-    found = subprocess.run(run, capture_output=True, text=True, cwd=Path(__file__).parent) if shutil.which("git") else None
+    found = (
+        subprocess.run(run, capture_output=True, text=True, cwd=Path(__file__).parent) if shutil.which("git") else None
+    )
     return (found and found.stdout.strip()) or f"fastbert-engine {version('fastbert-engine')}"
 
 
