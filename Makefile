@@ -26,9 +26,8 @@ test: .venv/.test .venv/.weights  ## the whole suite
 test-gpu: .venv/.test .venv/.weights  ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu
 
-bench: .venv/.test .venv/.weights  ## ops against their references, texts to vectors against peers; rows to benchmarks/results
-	@$(BIN)/python -m benchmarks.ops
-	@$(BIN)/python -m benchmarks.encoder
+bench: .venv/.bench .venv/.weights  ## ops, and encoders beside all peers: table, figures and page in bench-report/
+	@$(BIN)/fastbert bench
 
 size:  ## lines of code by room
 	@git ls-files '*.py' '*.cpp' '*.h' '*.cu' | xargs wc -l | sort -n | tail -60
@@ -48,6 +47,10 @@ clean:  ## remove the environment and all builds
 
 .venv/.test: .venv/.built pyproject.toml
 	$(PIP) --no-build-isolation -e '.[test]'
+	@touch $@
+
+.venv/.bench: .venv/.built pyproject.toml
+	$(PIP) --no-build-isolation -e '.[bench]'
 	@touch $@
 
 .venv/.dev: .venv/.test pyproject.toml

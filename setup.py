@@ -15,6 +15,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 CSRC = Path("csrc")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -93,7 +94,22 @@ class BuildNative(build_ext):
         run([*link, *map(str, targets), "-o", str(library)])
 
 
+class ShipBenchmarks(build_py):
+    """The wheel carries benchmarks/ as data of fastbert, so that `fastbert bench` works there and no name is taken."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib) / "fastbert" / "bench" / "benchmarks"
+            shutil.copytree(
+                "benchmarks",
+                target,
+                dirs_exist_ok=True,
+                ignore=lambda _, names: {n for n in names if n in ("results", "__pycache__")},
+            )
+
+
 paths = [str(p) for p in sorted(CSRC.rglob("*")) if p.suffix in (".cpp", ".h", ".cu")]
 native = Extension("fastbert._C", [p for p in paths if p.endswith(".cpp")], depends=paths)
 wanted = os.environ.get("FASTBERT_NATIVE", "1") != "0"
-setup(ext_modules=[native] if wanted else [], cmdclass={"build_ext": BuildNative})
+setup(ext_modules=[native] if wanted else [], cmdclass={"build_ext": BuildNative, "build_py": ShipBenchmarks})

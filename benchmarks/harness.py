@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -12,18 +14,28 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import date
+from functools import cache, partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 
-RESULTS = Path(__file__).parent / "results"
+COMMITTED = Path(__file__).parent / "results"
+# `python -m benchmarks --out` sends the rows of its suites elsewhere.
+RESULTS = Path(os.environ.get("FASTBERT_BENCH_OUT", COMMITTED))
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement. Times in ms; `roof` is the percent of the faster of two bounds: bytes / copy, FLOP / GEMM."""
+    """One measurement. Times in ms; `roof` is the percent of the faster of two bounds: bytes / copy, FLOP / GEMM.
+
+    `times_base` is how many times as fast as the row's base (the reference of an op, sentence-transformers in fp32) it
+    was: the median over the rounds of that round's ratio, which a slow minute leaves as it is. `samples` are the rounds'
+    ms, for `--compare`. `padding_percent` is the share of computed tokens that were padding.
+    """
 
     op: str
     case: str
@@ -43,6 +55,13 @@ class Row:
     load: float
     commit: str
     date: str
+    times_base: float = math.nan
+    padding_percent: float = 0.0
+    worst_cosine: float = math.nan
+    copy_gb_s: float = math.nan
+    gemm_tflop_s: float = math.nan
+    version: str = ""
+    samples: str = ""
 
 
 @dataclass(frozen=True)
@@ -57,20 +76,43 @@ class Roofs:
         return 1e3 * max(nbytes / self.bytes_s, flop / self.flop_s)
 
 
-def interleave(functions: dict[str, Callable[[], object]], rounds: int, warmup: int = 3) -> dict[str, list[float]]:
-    """Milliseconds of each function, one call each a round, so that a noisy minute hits all alike."""
+def interleave(
+    functions: dict[str, Callable[[], object]], rounds: int, warmup: int = 3, least_ms: float = 0.0
+) -> dict[str, list[float]]:
+    """Milliseconds of each function, one sample each a round, so that a noisy minute hits all alike.
+
+    A sample is the mean of as many calls as fill `least_ms`: the clock and the scheduler do not decide about a call of
+    microseconds.
+    """
+    calls = dict.fromkeys(functions, 1)
     for _ in range(warmup):
-        for function in functions.values():
-            function()
+        for name, function in functions.items():
+            calls[name] = max(1, min(1000, math.ceil(least_ms / max(_timed(function, 1), 1e-6))))
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
-            _sync()
-            start = time.perf_counter()
-            function()
-            _sync()
-            times[name].append(1e3 * (time.perf_counter() - start))
+            times[name].append(_timed(function, calls[name]))
     return times
+
+
+def _timed(function: Callable[[], object], calls: int) -> float:
+    """Milliseconds a call."""
+    _sync()
+    start = time.perf_counter()
+    for _ in range(calls):
+        function()
+    _sync()
+    return 1e3 * (time.perf_counter() - start) / calls
+
+
+def times_base(base: Sequence[float] | None, times: Sequence[float]) -> float:
+    """How many times as fast as the base: the median of the rounds' ratios. NaN without a base."""
+    return math.nan if base is None else round(statistics.median(b / t for b, t in zip(base, times, strict=True)), 3)
+
+
+def joined(times: Sequence[float]) -> str:
+    """Samples as one field of a row."""
+    return ";".join(f"{ms:.4g}" for ms in times)
 
 
 def _sync() -> None:
@@ -78,14 +120,26 @@ def _sync() -> None:
         torch.cuda.synchronize()
 
 
+_GEMMS = {torch.int8: torch._int_mm}
+
+
 def measure_roofs(dtype: torch.dtype, device: str) -> Roofs:
-    """A large copy and a large GEMM on this machine, best of several."""
-    source = torch.randn(32 << 20, device=device)
+    """A large copy and a large GEMM on this machine, the best of several and of two libraries."""
+    a = torch.randn(2048, 2048, device=device).mul(8).to(dtype)
+    gemms: dict[str, Callable[[], object]] = {"torch": partial(_GEMMS.get(dtype, torch.mm), a, a)}
+    if dtype == torch.float32 and device == "cpu":
+        gemms["numpy"] = partial(np.matmul, a.numpy(), a.numpy())  # another library, which may be the faster
+    gemm = min(min(times) for times in interleave(gemms, 10).values())
+    return Roofs(copy_bytes_s(256 << 20, device), 2 * 2048**3 / gemm * 1e3)
+
+
+@cache
+def copy_bytes_s(nbytes: int, device: str) -> float:
+    """Bytes a second, read and written, of a copy that moves so many in all: what fits into a cache is faster."""
+    source = torch.ones(max(nbytes // 8, 1), device=device)
     target = torch.empty_like(source)
-    a = torch.randn(2048, 2048, device=device).to(dtype)
-    copy = min(interleave({"copy": lambda: target.copy_(source)}, 10)["copy"])
-    gemm = min(interleave({"gemm": lambda: a @ a}, 10)["gemm"])
-    return Roofs(2 * source.nbytes / copy * 1e3, 2 * 2048**3 / gemm * 1e3)
+    times = interleave({"copy": lambda: target.copy_(source)}, 10, least_ms=1.0)["copy"]
+    return 2 * source.nbytes / min(times) * 1e3
 
 
 def device_name(device: str) -> str:
@@ -105,10 +159,14 @@ def percentiles(times: list[float]) -> tuple[float, float, float]:
     return statistics.median(times), cuts[1], cuts[7]
 
 
+@cache
 def commit() -> str:
-    """The short hash of HEAD, with + where the tree differs from it."""
+    """The short hash of HEAD, with + where the tree differs from it; outside of a checkout the version installed."""
     run = ["git", "describe", "--always", "--dirty=+", "--abbrev=7", "--exclude=*"]
-    return subprocess.run(run, capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip() or "unknown"
+    found = (
+        subprocess.run(run, capture_output=True, text=True, cwd=Path(__file__).parent) if shutil.which("git") else None
+    )
+    return (found and found.stdout.strip()) or f"fastbert-engine {version('fastbert-engine')}"
 
 
 def load() -> float:
@@ -132,6 +190,11 @@ def write(rows: Sequence[Any], name: str, key: tuple[str, ...] = ("op", "case", 
         writer.writeheader()
         writer.writerows(table[k] for k in sorted(table))
     return path
+
+
+def file_of(suite: str, device: str) -> str:
+    """The name of a suite's rows of a device."""
+    return "".join(c if c.isalnum() else "-" for c in f"{suite}-{device_name(device)}".lower())
 
 
 def today() -> str:

@@ -3,7 +3,7 @@
 Nothing here imports torch before a command needs it, so that `--help` and a wrong option answer at once.
 """
 
-from fastbert.cli import doctor, embed, finetune, pretrain, serve, verify
+from fastbert.cli import bench, doctor, embed, finetune, pretrain, serve, verify
 from fastbert.cli.application import app
 
-__all__ = ["app", "doctor", "embed", "finetune", "pretrain", "serve", "verify"]
+__all__ = ["app", "bench", "doctor", "embed", "finetune", "pretrain", "serve", "verify"]

@@ -1,0 +1,146 @@
+"""`fastbert bench`, or `python -m benchmarks` in a checkout: suites, each in a process of its own, then the report.
+
+A suite is a module with a `main`; rows go to one folder, figures and the page are made of the rows there.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+SUITES = {
+    "ops": "every op x backend x number format, forward and with gradients, beside its reference",
+    "encoder": "texts to vectors: throughput by kind of text, one text by length, beside all peers",
+    "training": "fine-tuning beside transformers' Trainer, on labelled texts",
+    "server": "HTTP under load beside text-embeddings-inference's and other servers that are here",
+}
+DEFAULT = ("ops", "encoder")
+# A whole report in minutes: what a suite is told beside the user's own options.
+TOLD = {
+    "ops": ["--dtype", "float32,bfloat16", "--rounds", "30"],
+    "encoder": ["--texts", "64"],
+    "training": ["--only", "rotten-tomatoes", "--quick"],
+    "server": ["--seconds", "4"],
+}
+
+app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+
+
+@app.command()
+def bench(
+    suites: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(SUITES)}. [default: ops encoder]")] = None,
+    against: Annotated[str | None, typer.Option(help="Peers of `encoder`, separated by commas; default all.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Few rounds: that all works; the times mean little.")] = False,
+    model: Annotated[str | None, typer.Option(help="Folder or hub id; default all-MiniLM-L6-v2.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of every provider; default all cores.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of rows, figures and index.html.")] = Path("bench-report"),
+    list_: Annotated[bool, typer.Option("--list", help="What there is, and what installs the missing.")] = False,
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option(help="OLD.csv NEW.csv: exit 1 where the new rows are slower.")
+    ] = None,
+) -> None:
+    """Measure this machine: ops, encoders beside their peers, training, serving; a table, figures and a page."""
+    if list_:
+        raise typer.Exit(show_list())
+    if compare is not None:
+        raise typer.Exit(show_changes(*compare))
+    chosen = suites or list(DEFAULT)
+    if unknown := [name for name in chosen if name not in SUITES]:
+        raise typer.BadParameter(f"no suite {unknown[0]!r}; there are {', '.join(SUITES)}")
+    if against is not None and "encoder" not in chosen:
+        raise typer.BadParameter("--against names peers of the suite encoder, which was not asked for")
+    out.mkdir(parents=True, exist_ok=True)
+    began, failed = time.perf_counter(), []
+    for name in chosen:
+        options = TOLD[name] + (["--quick"] if quick and "--quick" not in TOLD[name] else [])
+        options += ["--model", model] if model is not None and name != "ops" else []
+        options += ["--against", against] if against is not None and name == "encoder" else []
+        print(f"{name}: {SUITES[name]}", flush=True)
+        if run(name, options, out, threads):
+            failed.append(name)
+    if report(out):
+        print(f"{out / 'index.html'}: the report, after {(time.perf_counter() - began) / 60:.1f} minutes")
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def run(suite: str, options: list[str], out: Path, threads: int | None) -> int:
+    """One suite in a process of its own, so that libraries of another neither slow it nor bring it OpenMP; exit code."""
+    environment = {
+        **os.environ,
+        "FASTBERT_BENCH_OUT": str(out.resolve()),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]),
+        "TOKENIZERS_PARALLELISM": "true",
+    }
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    log = out / f"{suite}.log"
+    with log.open("w", encoding="utf-8") as file:
+        command = [sys.executable, "-m", f"benchmarks.{suite}", *options]
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            file.write(line)
+        return process.wait()
+
+
+def notes(out: Path) -> list[str]:
+    """Lines of the suites' logs that say what was left out."""
+    lines = [line.strip() for path in sorted(out.glob("*.log")) for line in path.read_text("utf-8").splitlines()]
+    marks = (": missing: ", "fails the gate", "is left out", ": this CPU has no", "no row")
+    return [line for line in lines if any(mark in line for mark in marks)]
+
+
+def report(out: Path) -> bool:
+    """Figures and the page out of the rows in a folder; whether there was anything to show."""
+    from benchmarks import page
+
+    rows = page.read(out)
+    if not rows:
+        return False
+    try:
+        from benchmarks import plots
+    except ImportError:
+        print("no figures and no page: missing: pip install matplotlib")
+        return False
+    plots.save(rows, out)
+    (out / "index.html").write_text(page.render(rows, notes(out)), encoding="utf-8")
+    for line in page.peer_wins(rows):
+        print(f"a peer wins: {line}")
+    return True
+
+
+def show_list() -> int:
+    """Suites and providers; a missing one with the line that installs it."""
+    from benchmarks import encoder, peers
+
+    for name, what in SUITES.items():
+        print(f"suite {name}: {what}")
+    for name in (*encoder.OWN, *encoder.LIBRARIES, *peers.PEERS):
+        print(f"encoder {name}: {encoder.reason_against(name) or 'installed, ' + encoder.package_of(name)}")
+    return 0
+
+
+def show_changes(old: Path, new: Path) -> int:
+    """What changed between two files of rows; 1 where something regressed."""
+    from benchmarks import compare, harness
+
+    changes = compare.compare(compare.read(old), compare.read(new))
+    if not changes:
+        raise typer.BadParameter(f"{old} and {new} have no row in common")
+    harness.console().print(compare.table(changes))
+    regressed = sum(change.regressed for change in changes)
+    print(f"{regressed} slower, {sum(change.improved for change in changes)} faster, of {len(changes)}")
+    return 1 if regressed else 0
+
+
+if __name__ == "__main__":
+    app(prog_name="fastbert bench")

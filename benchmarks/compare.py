@@ -1,0 +1,119 @@
+"""Which rows of a new file are slower than in an old one, by a statistical test on the rounds' samples."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+KEY = ("op", "case", "backend", "mode", "dtype")
+BASES = ("reference", "sentence-transformers")
+ALPHA = 0.01  # of finding any regression where there is none, over all rows together
+LEAST = 1.1  # two runs of the same code agree within 10 %: less is not called a regression
+
+Key = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Change:
+    """One row in both files.
+
+    Attributes:
+        key: op, case, backend, mode, dtype.
+        times: how many times as long the new one takes.
+        p: probability of samples so far apart if nothing changed, corrected for the number of rows (Holm).
+        relative: whether times were divided by the base's of the same round.
+    """
+
+    key: Key
+    times: float
+    p: float
+    relative: bool
+
+    @property
+    def regressed(self) -> bool:
+        """Slower beyond chance and beyond what two runs differ by."""
+        return self.times >= LEAST and self.p < ALPHA
+
+    @property
+    def improved(self) -> bool:
+        """Faster beyond both."""
+        return self.times <= 1 / LEAST and self.p < ALPHA
+
+
+def read(path: Path) -> dict[Key, list[float]]:
+    """Samples in ms by key; rows without samples are left out.
+
+    Raises:
+        ValueError: it is not a file of rows.
+    """
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or not set(KEY) <= rows[0].keys():
+        raise ValueError(f"{path} holds no rows of ops or encoders: they have the columns {', '.join(KEY)}")
+    found = {tuple(r[k] for k in KEY): [float(v) for v in r["samples"].split(";")] for r in rows if r.get("samples")}
+    if not found:
+        raise ValueError(f"{path} holds no samples, which rows have since 2026-11-27: measure again")
+    return found
+
+
+def _base(key: Key, table: dict[Key, list[float]]) -> list[float] | None:
+    """Samples of the row's base in the same rounds."""
+    op, case, backend, mode, dtype = key
+    for other, samples in table.items():
+        same = (other[0], other[1], other[3]) == (op, case, mode)
+        of_op = other[2] == "reference" and other[4] == dtype
+        if same and backend != other[2] and (of_op or other[2] == BASES[1]) and len(samples) == len(table[key]):
+            return samples
+    return None
+
+
+def holm(ps: Iterable[float]) -> list[float]:
+    """Holm's correction: the probability that any of the tests errs stays below the level."""
+    values = list(ps)
+    corrected, running = [0.0] * len(values), 0.0
+    for rank, i in enumerate(sorted(range(len(values)), key=values.__getitem__)):
+        running = max(running, min(1.0, (len(values) - rank) * values[i]))
+        corrected[i] = running
+    return corrected
+
+
+def compare(old: dict[Key, list[float]], new: dict[Key, list[float]]) -> list[Change]:
+    """Rows in both, the most slowed first: Mann and Whitney's test (two-sided), Holm's correction over all rows.
+
+    Where both files have the row's base, each sample is divided by the base's of its round: a machine that is slower as
+    a whole has not regressed. Bases themselves are compared by their times, and judged last.
+    """
+    from scipy.stats import mannwhitneyu
+
+    found: list[tuple[Key, float, float, bool]] = []
+    for key in old.keys() & new.keys():
+        bases = _base(key, old), _base(key, new)
+        relative = bases[0] is not None and bases[1] is not None
+        if not relative and any(base in key for base in BASES):
+            continue  # what others compute is no regression of ours
+        sides = []
+        for samples, base in zip((old[key], new[key]), bases, strict=True):
+            sides.append([s / b for s, b in zip(samples, base, strict=True)] if relative and base else samples)
+        times = statistics.median(sides[1]) / statistics.median(sides[0])
+        found.append((key, times, float(mannwhitneyu(*sides).pvalue), relative))
+    corrected = holm(p for _, _, p, _ in found)
+    changes = [Change(key, times, p, rel) for (key, times, _, rel), p in zip(found, corrected, strict=True)]
+    return sorted(changes, key=lambda change: -change.times)
+
+
+def table(changes: list[Change]) -> Table:
+    """What changed beyond chance."""
+    shown = Table(title=f"{len(changes)} rows in both; slower or faster by {LEAST:.2f} times, p < {ALPHA} after Holm")
+    for column in (*KEY, "new / old", "p", "measured by", "verdict"):
+        shown.add_column(column, justify="right" if column in ("new / old", "p") else "left")
+    for change in changes:
+        if change.regressed or change.improved:
+            verdict = "[red]slower[/]" if change.regressed else "[green]faster[/]"
+            how = "ratio to the base" if change.relative else "time"
+            shown.add_row(*change.key, f"{change.times:.2f}", f"{change.p:.1e}", how, verdict)
+    return shown
