@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks import harness, servers
+from benchmarks import servers
 from benchmarks.encoder import WORDS, real_texts
 from benchmarks.server import MODEL_NAME, surroundings, write
 from fastbert import Embedder
