@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 
 import numpy as np
+import uvloop
 
 # Instead of a status: never sent, no answer in time, closed without an answer, closed within one.
 UNSENT, HUNG, LOST, PARTIAL = 0, -1, -2, -3
@@ -48,7 +49,10 @@ class Plan:
 
 @dataclass
 class Answers:
-    """What came back, one entry a request, in the order of completion. Times in seconds from the start."""
+    """What came back, one entry a request, in the order of completion. Times in seconds from the start.
+
+    `cores` is how many cores the load generator kept busy, on average: what it took from a server on the same machine.
+    """
 
     request: list[int] = field(default_factory=list)
     due: list[float] = field(default_factory=list)
@@ -56,6 +60,7 @@ class Answers:
     status: list[int] = field(default_factory=list)
     digest: list[bytes] = field(default_factory=list)
     bodies: dict[tuple[int, bytes], bytes] = field(default_factory=dict)  # each different 200 body of each request
+    cores: float = 0.0
 
     def count(self, *statuses: int) -> int:
         """How many answers have one of the statuses."""
@@ -187,7 +192,7 @@ class _Load:
 
     async def run(self) -> Answers:
         """All answers, when the last is here or patience is over."""
-        self.start = time.perf_counter()
+        self.start, cpu_s = time.perf_counter(), time.process_time()
         clients = [asyncio.create_task(self.client(i)) for i in range(self.plan.clients)]
         limit = self.plan.seconds + self.plan.patience_s
         if self.plan.rate is None:
@@ -196,6 +201,7 @@ class _Load:
             await self.arrive()
             work = asyncio.ensure_future(self.queue.join())
         await asyncio.wait([work], timeout=max(0.1, limit - self.now()))
+        self.answers.cores = (time.process_time() - cpu_s) / self.now()
         for task in (*clients, work):
             task.cancel()
         await asyncio.gather(*clients, return_exceptions=True)
@@ -207,7 +213,7 @@ class _Load:
 
 def run(plan: Plan) -> Answers:
     """Offer a plan's load from this process."""
-    return asyncio.run(_Load(plan).run())
+    return uvloop.run(_Load(plan).run())
 
 
 class Offer:

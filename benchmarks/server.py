@@ -10,6 +10,7 @@ the same texts in this process, measured between the servers. A server with a wr
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -34,7 +35,9 @@ class ServerRow:
     """One cell of one server. Rates are a second; latencies from due to done, in ms; memory in MiB.
 
     `of_encode_percent` holds the throughput against one call of `Embedder.encode` with all texts,
-    `of_inflight_percent` against calls with as many texts as the clients have in flight together.
+    `of_inflight_percent` against calls with as many texts as the clients have in flight together. The load generator
+    shares the machine: it kept `client_cores` busy, and `net_of_inflight_percent` holds the throughput against what
+    such calls would do on the cores that it left.
     `answers` = `right` + `turned_away` (429) + `failed`.
     """
 
@@ -47,6 +50,8 @@ class ServerRow:
     texts_s: float
     of_encode_percent: float
     of_inflight_percent: float
+    client_cores: float
+    net_of_inflight_percent: float
     offered_s: float
     ms_p50: float
     ms_p99: float
@@ -157,13 +162,15 @@ def measure_cell(
             continue
         p50, p99 = np.percentile(half.latencies_ms(), (50, 99))
         texts_s = rate * cell.texts_a_request
+        of_encode, of_inflight = (200 * texts_s / (a + b) for a, b in zip(before, after, strict=True))
+        net = of_inflight / (1 - full.cores / (os.cpu_count() or 1))
         rows.append(
             ServerRow(
                 "load", cell.mix, cell.clients, cell.texts_a_request, server.name, round(rate, 2), round(texts_s, 1),
-                round(200 * texts_s / (before[0] + after[0]), 1), round(200 * texts_s / (before[1] + after[1]), 1),
+                round(of_encode, 1), round(of_inflight, 1), round(full.cores, 3), round(net, 1),
                 round(rate / 2, 2), round(float(p50), 3), round(float(p99), 3), len(full.status) + len(half.status),
                 full.count(200) + half.count(200), full.count(429) + half.count(429), 0,
-                round(begin, 1), round(server.rss_mb(), 1), *_surroundings(),
+                round(begin, 1), round(server.rss_mb(), 1), *surroundings(),
             )
         )  # fmt: skip
     return rows
@@ -196,12 +203,14 @@ def overload(
     right_s = answers.rate(0, seconds)
     return ServerRow(
         "overload", mix, clients, each, server.name, round(right_s, 2), round(right_s * each, 1), 0.0, 0.0,
+        round(answers.cores, 3), 0.0,
         round(rate * times, 2), round(float(p50), 3), round(float(p99), 3), len(answers.status), answers.count(200),
-        answers.count(429), 0, round(begin, 1), round(max(sampled[-5:]), 1), *_surroundings(),
+        answers.count(429), 0, round(begin, 1), round(max(sampled[-5:]), 1), *surroundings(),
     )  # fmt: skip
 
 
-def _surroundings() -> tuple[str, str, int, float, str, str]:
+def surroundings() -> tuple[str, str, int, float, str, str]:
+    """The columns of a row that say where and when."""
     threads = torch.get_num_threads()
     return harness.device_name("cpu"), torch.__version__, threads, harness.load(), harness.commit(), harness.today()
 
@@ -209,8 +218,8 @@ def _surroundings() -> tuple[str, str, int, float, str, str]:
 def show(rows: Sequence[ServerRow]) -> None:
     """A table on the terminal."""
     columns = (
-        "test", "texts", "clients", "each", "server", "texts/s", "% encode", "% in flight", "p50 ms", "p99 ms", "429",
-        "MiB",
+        "test", "texts", "clients", "each", "server", "texts/s", "% encode", "% in flight", "% net", "p50 ms",
+        "p99 ms", "429", "MiB",
     )  # fmt: skip
     table = Table(title=f"{harness.device_name('cpu')}, {torch.get_num_threads()} threads, load {harness.load()}")
     for column in columns:
@@ -218,16 +227,16 @@ def show(rows: Sequence[ServerRow]) -> None:
     for row in rows:
         table.add_row(
             row.test, row.texts, str(row.clients), str(row.texts_a_request), row.server, f"{row.texts_s:,.0f}",
-            f"{row.of_encode_percent:.0f}", f"{row.of_inflight_percent:.0f}", f"{row.ms_p50:.2f}", f"{row.ms_p99:.2f}",
-            str(row.turned_away), f"{row.rss_begin:.0f}-{row.rss_end:.0f}",
+            f"{row.of_encode_percent:.0f}", f"{row.of_inflight_percent:.0f}", f"{row.net_of_inflight_percent:.0f}",
+            f"{row.ms_p50:.2f}", f"{row.ms_p99:.2f}", str(row.turned_away), f"{row.rss_begin:.0f}-{row.rss_end:.0f}",
         )  # fmt: skip
     harness.console().print(table)
 
 
-def write(rows: Sequence[ServerRow]) -> None:
-    """Into `results/server-<device>.csv`."""
-    name = f"server-{harness.device_name('cpu')}".lower()
-    path = harness.write(rows, "".join(c if c.isalnum() else "-" for c in name), KEY)
+def write(rows: Sequence[object], what: str = "server", key: tuple[str, ...] = KEY) -> None:
+    """Into `results/<what>-<device>.csv`."""
+    name = f"{what}-{harness.device_name('cpu')}".lower()
+    path = harness.write(rows, "".join(c if c.isalnum() else "-" for c in name), key)
     print(f"{len(rows)} rows in {path.relative_to(harness.RESULTS.parent.parent)}")
 
 

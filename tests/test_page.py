@@ -8,6 +8,7 @@ import importlib.util
 import json
 import re
 import shutil
+import urllib.request
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,6 +19,8 @@ import pytest
 
 from benchmarks import servers
 from fastbert import Embedder
+from fastbert.serve import docs
+from tests.serving import live
 
 PAGE = Path(servers.__file__).parent.parent / "fastbert" / "serve" / "page" / "index.html"
 VOID = {"meta", "link", "input", "br", "img"}
@@ -102,6 +105,47 @@ def faults(text: str) -> list[str]:
 def test_one_file_that_needs_nobody():
     assert faults(PAGE.read_text(encoding="utf-8")) == []
     assert PAGE.stat().st_size < 64_000
+
+
+def docs_faults(html: str, paths: set[str]) -> list[str]:
+    """What is wrong with the page of the routes: it loads nothing, runs nothing, names every route."""
+    document = Document(html)
+    tags = {tag for tag, _ in document.elements}
+    found = [f"a {tag} element" for tag in tags & {"script", "link", "img", "iframe", "form", "base"}]
+    found += [f"leads away: {v}" for v in document.attribute("href") if "//" in v or ":" in v]
+    found += [f"loads a resource: {m}" for m in re.findall(r"@import|url\(", document.texts.get("style", ""))]
+    named = set(re.findall(r"<b>\w+</b> <code>([^<]*)</code>", html))
+    found += [f"{path} is missing" for path in paths - named]
+    if document.unbalanced or document.open:
+        found.append(f"unbalanced tags: {document.unbalanced + document.open}")
+    return found
+
+
+def test_docs_need_no_network(minilm: Path):
+    with live({"minilm": minilm}, warmup=False) as server:
+        with urllib.request.urlopen(f"{server.address}/docs", timeout=20) as answer:
+            policy, html = answer.headers["content-security-policy"], answer.read().decode()
+        with urllib.request.urlopen(f"{server.address}/openapi.json", timeout=20) as answer:
+            paths = set(json.load(answer)["paths"])
+    assert "default-src 'none'" in policy
+    assert docs_faults(html, paths) == []
+    assert "encoding_format" in html
+    assert "Retry-After" in html
+    for what, spoilt in (
+        ("script", html.replace("</body>", '<script src="//cdn.example/swagger-ui.js"></script></body>')),
+        ("leads away", html.replace('href="./"', 'href="https://elsewhere.example"')),
+        ("/v2/embed is missing", html.replace("/v2/embed", "/v3/embed")),
+        ("unbalanced", html.replace("</table>", "", 1)),
+    ):
+        assert any(what in fault for fault in docs_faults(spoilt, paths)), what
+
+
+def test_docs_show_markup_as_text():
+    operation = {"tags": ["<t>"], "description": "<img src=x> `<b>`"}
+    document = {"info": {"title": "<i>", "version": "1"}, "paths": {"/<p>": {"get": operation}}}
+    html = docs.page(document)
+    assert not re.search(r"<img|<i>|<t>|<p>`|/<p>", html)
+    assert "<code>&lt;b&gt;</code>" in html
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import Response
+from starlette.responses import HTMLResponse, Response
 from starlette.types import ASGIApp
 
 import fastbert
-from fastbert.serve import routes_embed, routes_predict, routes_server, routes_text
+from fastbert.serve import docs, routes_embed, routes_predict, routes_server, routes_text
 from fastbert.serve.errors import MethodNotAllowed, NotFound, ServeError
 from fastbert.serve.gate import CALL, DirectRoute, Gate
 from fastbert.serve.state import State
@@ -53,7 +53,12 @@ def build_app(state: State, tracer: Tracer | None = None) -> ASGIApp:
             tracer.close()
 
     app = FastAPI(
-        title="fastbert", version=fastbert.__version__, description=_DESCRIPTION, lifespan=lifespan, redoc_url=None
+        title="fastbert",
+        version=fastbert.__version__,
+        description=_DESCRIPTION,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
     )
     routes: list[DirectRoute] = []
     for router in _ROUTERS:
@@ -62,6 +67,9 @@ def build_app(state: State, tracer: Tracer | None = None) -> ASGIApp:
     described = app.openapi
     app.openapi = lambda: _with_security(described(), bool(state.keys))  # type: ignore[method-assign]
     app.add_api_route("/api-doc/openapi.json", lambda: app.openapi(), include_in_schema=False)
+    app.add_api_route(
+        "/docs", lambda: HTMLResponse(docs.page(app.openapi()), headers=docs.HEADERS), include_in_schema=False
+    )
     gate = Gate(app, state, routes, tracer)
 
     async def unknown(request: Request, error: Exception) -> Response:

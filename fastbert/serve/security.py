@@ -22,7 +22,6 @@ PUBLIC = frozenset(
         "/docs",
         "/openapi.json",
         "/api-doc/openapi.json",
-        "/docs/oauth2-redirect",
     }
 )
 METRICS = frozenset({"/metrics", "/stats"})

@@ -52,6 +52,7 @@ class Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                proxy_headers=False,
                 backlog=2048,
                 timeout_keep_alive=settings.keep_alive_s,  # type: ignore[arg-type]
                 timeout_graceful_shutdown=settings.drain_timeout_s,  # type: ignore[arg-type]
