@@ -267,21 +267,21 @@ def bench(
                 rate = tokens * told.num_train_epochs / outcome.seconds
                 print(f"{name} seed {seed} {system}: {data.metric} {found:.4f}, {rate:,.0f} tokens/s", flush=True)
 
-    def rate_of(runs: list[Outcome]) -> float:
-        return round(tokens * arguments.num_train_epochs / statistics.median(o.seconds for o in runs), 1)
-
-    return [
-        TrainingRow(
-            name, data.task.name, system, measured, data.metric, round(statistics.mean(values[system]), 4),
-            round(statistics.stdev(values[system]), 4) if seeds > 1 else 0.0, seeds,
-            math.nan if measured == "metric" else rate_of(runs), round(runs[0].padding, 4), len(data.train),
-            0 if measured == "speed" else len(data.eval), arguments.num_train_epochs, arguments.batch_size or 0,
-            arguments.learning_rate, arguments.max_length or 0, "bfloat16" if arguments.bf16 else "float32",
+    def row(system: str) -> TrainingRow:
+        runs, scores = outcomes[system], values[system]
+        seconds = math.nan if measured == "metric" else statistics.median(outcome.seconds for outcome in runs)
+        spread = math.nan if measured == "speed" else statistics.stdev(scores) if seeds > 1 else 0.0
+        return TrainingRow(
+            name, data.task.name, system, measured, data.metric, round(statistics.mean(scores), 4), round(spread, 4),
+            seeds, round(tokens * arguments.num_train_epochs / seconds, 1), round(runs[0].padding, 4),
+            len(data.train), 0 if measured == "speed" else len(data.eval), arguments.num_train_epochs,
+            arguments.batch_size or 0, arguments.learning_rate, arguments.max_length or 0,
+            "bfloat16" if arguments.bf16 else "float32",
             harness.device_name("cuda" if torch.cuda.is_available() else "cpu"), torch.__version__,
             version("transformers"), torch.get_num_threads(), harness.load(), harness.commit(), harness.today(),
-        )
-        for system, runs in outcomes.items()
-    ]  # fmt: skip
+        )  # fmt: skip
+
+    return [row(system) for system in runners]
 
 
 def _warm_up(data: Labelled, arguments: FinetuneArguments, model: str, runners: Mapping[str, Runner]) -> None:
