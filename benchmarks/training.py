@@ -3,15 +3,19 @@
 Every system starts from the same weights (fresh head included), sees the same items in the same steps, and has the
 same optimiser, schedule and dropout rates; `grouped` alone has Trainer's own order, by length. The metric is the same
 function of each system's own predictions. tokens/s counts real tokens, not padding, over the time of training alone.
+
+`--measure metric` may run beside other work, `--measure speed` needs an idle machine and few items (a seed is a round
+of all systems, in turns); what was not measured is NaN in the row.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -32,17 +36,22 @@ from fastbert.train.finetune import Finetuning, prepare
 from fastbert.train.finetune_arguments import FinetuneArguments
 from fastbert.train.loader import Loader
 
-KEY = ("dataset", "system", "dtype", "train_items")
+KEY = ("dataset", "system", "dtype", "measured")
 PAIRED = "transformers"  # the peer with our order
+MEASURES = ("metric", "speed", "both")
 
 
 @dataclass(frozen=True)
 class TrainingRow:
-    """One system on one data set, over seeds. `padding` is the share of computed tokens that were padding."""
+    """One system on one data set, over seeds. `padding` is the share of computed tokens that were padding.
+
+    `measured` is one of `MEASURES`; the fields of the other are NaN.
+    """
 
     dataset: str
     task: str
     system: str
+    measured: str
     metric: str
     metric_mean: float
     metric_std: float
@@ -70,7 +79,7 @@ class Outcome:
     """One run of one system.
 
     Attributes:
-        outputs: predictions for the evaluation examples, as `Task.metrics` takes them.
+        outputs: predictions for the evaluation examples, as `Task.metrics` takes them; none where there are none.
         seconds: of training.
         padding: share of computed tokens that were padding.
     """
@@ -83,10 +92,10 @@ class Outcome:
 def run_fastbert(run: Finetuning, start: Path) -> Outcome:
     """This package: `finetune`, with its own evaluation."""
     evaluator = run.evaluator()
-    assert evaluator is not None
     model = run.task.load(start, run.tokenizer)
     result = replace(run, model=model, eval=None).run()
-    return Outcome(evaluator.outputs(result.model), result.metrics["train_seconds"], 0.0)
+    outputs = [] if evaluator is None else evaluator.outputs(result.model)
+    return Outcome(outputs, result.metrics["train_seconds"], 0.0)
 
 
 def run_trainer(run: Finetuning, start: Path, grouped: bool = False) -> Outcome:
@@ -128,8 +137,8 @@ def run_trainer(run: Finetuning, start: Path, grouped: bool = False) -> Outcome:
         began = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - began
-    assert run.eval is not None
-    return Outcome(padded_outputs(model, run, run.eval), seconds, padding.share)
+    outputs = [] if run.eval is None else padded_outputs(model, run, run.eval)
+    return Outcome(outputs, seconds, padding.share)
 
 
 class _Items:
@@ -214,55 +223,80 @@ def padded_outputs(model: Any, run: Finetuning, examples: Examples) -> list[np.n
     return outputs
 
 
-SYSTEMS: dict[str, Callable[[Finetuning, Path], Outcome]] = {
+Runner = Callable[[Finetuning, Path], Outcome]
+SYSTEMS: dict[str, Runner] = {
     "fastbert": run_fastbert,
     PAIRED: run_trainer,
     "transformers-grouped": partial(run_trainer, grouped=True),
 }
 
 
-def bench(name: str, data: Labelled, arguments: FinetuneArguments, seeds: int, model: str) -> list[TrainingRow]:
-    """All systems on one data set, in turns, seed by seed."""
-    _warm_up(data, arguments, model)
-    outcomes: dict[str, list[Outcome]] = {system: [] for system in SYSTEMS}
-    values: dict[str, list[float]] = {system: [] for system in SYSTEMS}
+def bench(
+    name: str,
+    data: Labelled,
+    arguments: FinetuneArguments,
+    seeds: int,
+    model: str,
+    measured: str = "both",
+    systems: Iterable[str] = tuple(SYSTEMS),
+) -> list[TrainingRow]:
+    """Systems on one data set, in turns, seed by seed.
+
+    Args:
+        measured: of `MEASURES`; for "speed" nothing is evaluated.
+    """
+    runners = {system: SYSTEMS[system] for system in systems}
+    if measured != "metric":
+        _warm_up(data, arguments, model, runners)
+    outcomes: dict[str, list[Outcome]] = {system: [] for system in runners}
+    values: dict[str, list[float]] = {system: [] for system in runners}
     tokens = 0
     for seed in range(seeds):
         told = replace(arguments, seed=seed)
-        run = prepare(model, data.train, data.eval, data.task, told)
+        run = prepare(model, data.train, None if measured == "speed" else data.eval, data.task, told)
         tokens = int(run.train.lengths.sum())
         with tempfile.TemporaryDirectory() as folder:
             run.model.save_pretrained(folder)
-            for system, train in SYSTEMS.items():
+            for system, train in runners.items():
                 outcome = train(run, Path(folder))
-                assert run.eval is not None
                 outcomes[system].append(outcome)
-                values[system].append(run.task.metrics(run.eval, outcome.outputs)[data.metric])
+                found = math.nan
+                if run.eval is not None:
+                    found = run.task.metrics(run.eval, outcome.outputs)[data.metric]
+                values[system].append(found)
                 rate = tokens * told.num_train_epochs / outcome.seconds
-                print(f"{name} seed {seed} {system}: {data.metric} {values[system][-1]:.4f}, {rate:,.0f} tokens/s")
-    return [
-        TrainingRow(
-            name, data.task.name, system, data.metric, round(statistics.mean(values[system]), 4),
-            round(statistics.stdev(values[system]), 4) if seeds > 1 else 0.0, seeds,
-            round(tokens * arguments.num_train_epochs / statistics.median(o.seconds for o in runs), 1),
-            round(runs[0].padding, 4), len(data.train), len(data.eval), arguments.num_train_epochs,
+                print(f"{name} seed {seed} {system}: {data.metric} {found:.4f}, {rate:,.0f} tokens/s", flush=True)
+
+    def row(system: str) -> TrainingRow:
+        runs, scores = outcomes[system], values[system]
+        seconds = math.nan if measured == "metric" else statistics.median(outcome.seconds for outcome in runs)
+        spread = math.nan if measured == "speed" else statistics.stdev(scores) if seeds > 1 else 0.0
+        return TrainingRow(
+            name, data.task.name, system, measured, data.metric, round(statistics.mean(scores), 4), round(spread, 4),
+            seeds, round(tokens * arguments.num_train_epochs / seconds, 1), round(runs[0].padding, 4),
+            len(data.train), 0 if measured == "speed" else len(data.eval), arguments.num_train_epochs,
             arguments.batch_size or 0, arguments.learning_rate, arguments.max_length or 0,
             "bfloat16" if arguments.bf16 else "float32",
             harness.device_name("cuda" if torch.cuda.is_available() else "cpu"), torch.__version__,
             version("transformers"), torch.get_num_threads(), harness.load(), harness.commit(), harness.today(),
-        )
-        for system, runs in outcomes.items()
-    ]  # fmt: skip
+        )  # fmt: skip
+
+    return [row(system) for system in runners]
 
 
-def _warm_up(data: Labelled, arguments: FinetuneArguments, model: str) -> None:
+def _warm_up(data: Labelled, arguments: FinetuneArguments, model: str, runners: Mapping[str, Runner]) -> None:
     """A few steps of each system that count nothing: what is imported and allocated once is not measured."""
     few = 2 * (arguments.batch_size or 32)
-    run = prepare(model, head(data.train, few), head(data.eval, few), data.task, replace(arguments, num_train_epochs=1))
+    run = prepare(model, head(data.train, few), None, data.task, replace(arguments, num_train_epochs=1))
     with tempfile.TemporaryDirectory() as folder:
         run.model.save_pretrained(folder)
-        for train in SYSTEMS.values():
+        for train in runners.values():
             train(run, Path(folder))
+
+
+def within_one_std(row: TrainingRow, peer: TrainingRow) -> bool:
+    """Whether two means over seeds are no further apart than the larger standard deviation."""
+    return abs(row.metric_mean - peer.metric_mean) <= max(peer.metric_std, row.metric_std)
 
 
 def show(rows: list[TrainingRow]) -> Table:
@@ -273,12 +307,14 @@ def show(rows: list[TrainingRow]) -> Table:
     peers = {row.dataset: row for row in rows if row.system == PAIRED}
     for row in rows:
         peer = peers[row.dataset]
-        near = abs(row.metric_mean - peer.metric_mean) <= max(peer.metric_std, row.metric_std)
-        table.add_row(
-            row.dataset, row.system, row.metric, f"{row.metric_mean:.4f} ({row.metric_std:.4f})",
-            "" if row is peer else "yes" if near else "no", f"{row.tokens_per_second:,.0f}",
-            f"{row.tokens_per_second / peer.tokens_per_second:.2f}", f"{row.padding:.0%}",
-        )  # fmt: skip
+        metric = near = rate = times = ""
+        if row.measured != "speed":
+            metric = f"{row.metric_mean:.4f} ({row.metric_std:.4f})"
+            near = "" if row is peer else "yes" if within_one_std(row, peer) else "no"
+        if row.measured != "metric":
+            rate = f"{row.tokens_per_second:,.0f}"
+            times = f"{row.tokens_per_second / peer.tokens_per_second:.2f}"
+        table.add_row(row.dataset, row.system, row.metric, metric, near, rate, times, f"{row.padding:.0%}")
     return table
 
 
@@ -295,12 +331,17 @@ def main() -> None:
     parser.add_argument("--train-items", type=int, help="the first so many; default all")
     parser.add_argument("--eval-items", type=int)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--measure", choices=MEASURES, default="both")
+    parser.add_argument("--systems", default=",".join(SYSTEMS), help=f"{PAIRED} must be among them")
     parser.add_argument("--quick", action="store_true", help="one seed, one epoch, 256 items: seconds to minutes")
     args = parser.parse_args()
     disable_progress_bar()
     if args.quick:
         args.seeds, args.epochs = 1, 1
         args.train_items, args.eval_items = args.train_items or 256, args.eval_items or 256
+    systems = args.systems.split(",")
+    if PAIRED not in systems or not set(systems) <= set(SYSTEMS):
+        parser.error(f"--systems is {args.systems}: {PAIRED} and others of {', '.join(SYSTEMS)}")
     rows: list[TrainingRow] = []
     for name in args.only.split(",") if args.only else DATASETS:
         try:
@@ -313,13 +354,14 @@ def main() -> None:
             num_train_epochs=args.epochs, batch_size=args.batch_size, learning_rate=args.lr or data.learning_rate,
             max_length=args.max_length or data.max_length, bf16=args.dtype == "bfloat16", quiet=True,
         )  # fmt: skip
-        rows += bench(name, data, arguments, args.seeds, str(resolve(args.model)))
+        found = bench(name, data, arguments, args.seeds, str(resolve(args.model)), args.measure, systems)
+        device = f"training-{found[0].device}".lower()
+        path = harness.write(found, "".join(c if c.isalnum() else "-" for c in device), KEY)
+        print(f"load {harness.load()}; {len(found)} rows in {path.relative_to(harness.RESULTS.parent.parent)}")
+        rows += found
     if not rows:
         raise SystemExit("nothing was measured")
     harness.console().print(show(rows))
-    name = f"training-{rows[0].device}".lower()
-    path = harness.write(rows, "".join(c if c.isalnum() else "-" for c in name), KEY)
-    print(f"load {harness.load()}; {len(rows)} rows in {path.relative_to(harness.RESULTS.parent.parent)}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import shutil
 import warnings
 from dataclasses import replace
@@ -379,3 +380,13 @@ def test_rows_of_the_benchmark(tiny):
     assert all(row.tokens_per_second > 0 for row in found)
     shown = training.show(found)
     assert shown.row_count == 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        parts = {
+            measured: training.bench("moods", data, arguments, 2, str(tiny), measured, ["fastbert", "transformers"])[0]
+            for measured in ("metric", "speed")
+        }
+    assert parts["metric"].metric_mean == ours.metric_mean
+    assert math.isnan(parts["metric"].tokens_per_second)
+    assert math.isnan(parts["speed"].metric_mean)
+    assert parts["speed"].tokens_per_second > 0
