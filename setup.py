@@ -24,6 +24,9 @@ AVX512 += ["-Wno-uninitialized"]  # GCC 12 warns of its own immintrin.h
 AVX512VNNI = [*AVX512, "-mavx512vnni"]
 X86 = {"portable": [], "avx2": AVX2, "avxvnni": [*AVX2, "-mavxvnni"], "avx512": AVX512, "avx512vnni": AVX512VNNI}
 X86["avx512bf16"] = [*AVX512VNNI, "-mavx512bf16"]
+X86["amx"] = [*X86["avx512bf16"], "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
+X86["amxemulated"] = [*X86["avx512bf16"], "-DFASTBERT_EMULATE_AMX"]
+ENCODER_ONLY = ("amx", "amxemulated")  # the other ops are those of avx512bf16
 ISAS = X86 if platform.machine().lower() in ("x86_64", "amd64") else {"portable": []}
 SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined"] if os.environ.get("FASTBERT_SANITIZE") == "1" else []
 # No -ffast-math: NaN and infinity must come out as they went in, and loading must not change the denormal mode.
@@ -77,7 +80,8 @@ class BuildNative(build_ext):
         jobs = [(s, s.stem, base) for s in sorted(CSRC.glob("*.cpp"))]
         for isa, flags in ISAS.items():
             per_isa = [*base, *flags, f"-DFASTBERT_ISA={isa}"]
-            jobs += [(s, f"{s.stem}-{isa}", per_isa) for s in sorted((CSRC / "cpu").glob("*.cpp"))]
+            sources = sorted((CSRC / "cpu").glob("encoder.cpp" if isa in ENCODER_ONLY else "*.cpp"))
+            jobs += [(s, f"{s.stem}-{isa}", per_isa) for s in sources]
         cuda = [(s, f"{s.stem}-cuda", [nvcc, *NVCCFLAGS, f"-I{CSRC}"]) for s in sorted((CSRC / "cuda").glob("*.cu"))]
         jobs += cuda if nvcc else []
 

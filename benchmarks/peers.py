@@ -271,7 +271,7 @@ NO_BFLOAT16 = "this CPU has no bfloat16 arithmetic: libraries emulate it, some a
 
 def has_bfloat16() -> bool:
     """Whether the CPU multiplies bfloat16 by itself."""
-    return native.available() and native.isa() == "avx512bf16"
+    return native.available() and native.isa() in ("avx512bf16", "amx")
 
 
 def reason_against(peer: Peer) -> str | None:

@@ -1,4 +1,5 @@
 // Which instruction set runs: feature bits of the CPU and of the operating system, never the model's name.
+#include <cstdio>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -8,21 +9,30 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace fastbert {
 
-#define FASTBERT_DECLARE(isa)                                  \
+#define FASTBERT_DECLARE_ENCODER(isa)                          \
   namespace isa {                                              \
-  template <class T>                                           \
-  Kernels<T> table();                                          \
   template <class T>                                           \
   EncoderKernels<T> encoder_table();                           \
   bool offers_fours();                                         \
-  extern template Kernels<float> table();                      \
-  extern template Kernels<bf16> table();                       \
+  bool tiles_agree();                                          \
   extern template EncoderKernels<float> encoder_table();       \
   extern template EncoderKernels<bf16> encoder_table();        \
   extern template EncoderKernels<std::int8_t> encoder_table(); \
+  }
+#define FASTBERT_DECLARE(isa)             \
+  FASTBERT_DECLARE_ENCODER(isa)           \
+  namespace isa {                         \
+  template <class T>                      \
+  Kernels<T> table();                     \
+  extern template Kernels<float> table(); \
+  extern template Kernels<bf16> table();  \
   }
 FASTBERT_DECLARE(portable)
 #if defined(__x86_64__)
@@ -31,6 +41,9 @@ FASTBERT_DECLARE(avxvnni)
 FASTBERT_DECLARE(avx512)
 FASTBERT_DECLARE(avx512vnni)
 FASTBERT_DECLARE(avx512bf16)
+// Of these only the encoder differs.
+FASTBERT_DECLARE_ENCODER(amx)
+FASTBERT_DECLARE_ENCODER(amxemulated)
 #endif
 
 namespace {
@@ -51,16 +64,17 @@ struct Isa {
   Current (*load)();
 };
 
-#define FASTBERT_LOAD(isa)                                                      \
+#define FASTBERT_LOAD_ENCODER(isa, ops)                                         \
   [] {                                                                          \
     return Current{#isa,                                                        \
-                   isa::table<float>(),                                         \
-                   isa::table<bf16>(),                                          \
+                   ops::table<float>(),                                         \
+                   ops::table<bf16>(),                                          \
                    isa::encoder_table<float>(),                                 \
                    isa::encoder_table<bf16>(),                                  \
                    isa::encoder_table<std::int8_t>(),                           \
                    isa::offers_fours()};                                        \
   }
+#define FASTBERT_LOAD(isa) FASTBERT_LOAD_ENCODER(isa, isa)
 
 #if defined(__x86_64__)
 struct Registers {
@@ -74,14 +88,14 @@ Registers cpuid(unsigned leaf, unsigned subleaf = 0) {
 }
 
 // Which register files the operating system saves at a context switch; 0 where it cannot say.
-unsigned saved_state(const Registers& leaf1) {
+std::uint64_t saved_state(const Registers& leaf1) {
   if (!(leaf1.c >> 27 & 1)) return 0;  // OSXSAVE
   unsigned low, high;
   __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-  return low;
+  return static_cast<std::uint64_t>(high) << 32 | low;
 }
 
-bool has(unsigned bits, unsigned wanted) { return (bits & wanted) == wanted; }
+bool has(std::uint64_t bits, std::uint64_t wanted) { return (bits & wanted) == wanted; }
 
 bool has_avx2() {
   const Registers leaf1 = cpuid(1);
@@ -100,11 +114,28 @@ bool has_avx512() {
 bool has_avx512vnni() { return has_avx512() && has(cpuid(7).c, 1u << 11); }
 
 bool has_avx512bf16() { return has_avx512vnni() && has(cpuid(7, 1).a, 1u << 5); }
+
+// Linux saves tiles for a process that asks; and they are trusted after they have computed something known.
+bool has_amx() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  if (has_avx512bf16() && has(cpuid(7).d, 1u << 22 | 1u << 24 | 1u << 25)  // BF16, TILE, INT8
+      && has(saved_state(cpuid(1)), 3u << 17)                              // configuration, tiles
+      && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0) {
+    if (amx::tiles_agree()) return true;
+    std::fputs("fastbert: the AMX tiles of this CPU give wrong products, so they stay unused. Please report it.\n", stderr);
+  }
+#endif
+  return false;
+}
 #endif
 
-// Best last.
+// Best last; what only computes as another CPU would is never chosen by itself.
 const std::vector<Isa>& isas() {
   static const std::vector<Isa> all = {
+#if defined(__x86_64__)
+      {"amxemulated", has_avx512bf16(), FASTBERT_LOAD_ENCODER(amxemulated, avx512bf16)},
+#endif
       {"portable", true, FASTBERT_LOAD(portable)},
 #if defined(__x86_64__)
       {"avx2", has_avx2(), FASTBERT_LOAD(avx2)},
@@ -112,6 +143,7 @@ const std::vector<Isa>& isas() {
       {"avx512", has_avx512(), FASTBERT_LOAD(avx512)},
       {"avx512vnni", has_avx512vnni(), FASTBERT_LOAD(avx512vnni)},
       {"avx512bf16", has_avx512bf16(), FASTBERT_LOAD(avx512bf16)},
+      {"amx", has_amx(), FASTBERT_LOAD_ENCODER(amx, avx512bf16)},
 #endif
   };
   return all;

@@ -79,7 +79,7 @@ struct Kernels {
 };
 
 // isa.cpp: the kernels of the instruction set in use; the encoder's are in encoder.h. Names: portable, avx2, avxvnni,
-// avx512, avx512vnni, avx512bf16.
+// avx512, avx512vnni, avx512bf16, amx.
 template <class T>
 const Kernels<T>& kernels();
 const char* isa();

@@ -64,6 +64,7 @@ MODELS = {
     "heads-of-64": lambda: _sized(128, 2, 300),
     "deep": lambda: _sized(400, 5, 801),
 }
+HALF_PRODUCTS = ("avx512bf16", "amx", "amxemulated")  # multiply bf16
 LENGTHS = [5, 1, 0, 24, 7, 33, 16, 17, 70]
 
 
@@ -137,12 +138,14 @@ def test_real_weights_are_within_budget(dtype, minilm):
 
 
 # 8-bit weights. The specification: a float product with the weights that the integers stand for, of activations rounded
-# to 16 bits (or to 8, where the CPU multiplies those faster), each block of 384 with a scale of its own.
+# to 16 bits (or to 8, where the CPU multiplies those faster), each block of 384 with a scale of its own. Attention
+# multiplies bf16 where the CPU can.
 
 
 class _Rounded(torch.nn.Module):
-    def __init__(self, linear: Int8Linear, bits: int | None, block: int = 384) -> None:
+    def __init__(self, linear: Int8Linear, bits: int | None, coarse: bool, block: int = 384) -> None:
         super().__init__()
+        self.coarse = coarse
         self.register_buffer("weight", linear.weight.double() * linear.weight_scale.double()[:, None])
         self.register_buffer("bias", linear.bias)
         self.bits, self.block = bits, block
@@ -150,7 +153,8 @@ class _Rounded(torch.nn.Module):
     def forward(self, x):
         if self.bits is not None:
             x = torch.cat([self.round(part) for part in x.split(self.block, dim=1)], 1)
-        return torch.nn.functional.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+        y = torch.nn.functional.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+        return y.bfloat16().to(y.dtype) if self.coarse else y
 
     def round(self, x):
         scale = x.abs().amax(1, keepdim=True) / (2 ** (self.bits - 1) - 1)
@@ -163,7 +167,8 @@ def _specified(model: EncoderModel, rounded: bool, bits: int | None) -> EncoderM
     for parent in list(twin.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, Int8Linear):
-                setattr(parent, name, _Rounded(child, (bits or child.activation_bits) if rounded else None))
+                coarse = rounded and name == "qkv" and native.isa() in HALF_PRODUCTS
+                setattr(parent, name, _Rounded(child, (bits or child.activation_bits) if rounded else None, coarse))
     return twin
 
 

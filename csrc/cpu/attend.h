@@ -39,7 +39,7 @@ INLINE void transpose(const float* from, int64_t ld, int64_t count, int64_t K, f
 
 // Floats that `attend` needs.
 constexpr int64_t attend_scratch(int64_t length, int64_t K) {
-  return kColumns * (K + length + round_up(K, W)) + 2 * length + kColumns;
+  return kColumns * (K + length + round_up(K, W)) + round_up(2 * length + kColumns, W);
 }
 
 // One head of one sequence, NV * W queries at a time. Scores lie (key, query): maximum and sum of a softmax need no
@@ -53,7 +53,7 @@ INLINE void attend_block(const float* q, const float* k, const float* v, int64_t
   float* result = scores + length * width;
   const int64_t columns = round_up(K, W);
   transpose(q, ld, count, K, queries, width);
-  each_tile(length, [&](int64_t j, int64_t rows) LAMBDA {
+  each_tile<float>(length, [&](int64_t j, int64_t rows) LAMBDA {
     tile_of<NV>(rows, K, k + j * ld, ld, queries, width, nullptr, 0, scores + j * width, width);
   });
   vf inverse[NV];
@@ -76,7 +76,7 @@ INLINE void attend_block(const float* q, const float* k, const float* v, int64_t
     }
     inverse[i] = 1.f / total;
   }
-  each_tile(count, [&](int64_t i, int64_t rows) LAMBDA {
+  each_tile<float>(count, [&](int64_t i, int64_t rows) LAMBDA {
     int64_t d = 0;
     for (; d + 2 * W <= columns; d += 2 * W)
       tile_of<2, true>(rows, length, scores + i, width, v + d, ld, nullptr, 0, result + i * columns + d, columns);
@@ -91,21 +91,23 @@ INLINE void attend_block(const float* q, const float* k, const float* v, int64_t
   }
 }
 
+// bias[i - j] of query i and key j, in scratch, which moves past it: offsets in reverse, so that queries are neighbours.
+INLINE const float* bias_by_offset(const float* rel_bias, int64_t max_offset, int64_t length, float** scratch) {
+  float* all = *scratch;
+  *scratch += round_up(2 * length + kColumns, W);
+  for (int64_t t = 0; t < 2 * length + kColumns; ++t) {
+    const int64_t offset = length - 1 - t;  // j - i
+    const int64_t held = offset < -max_offset ? -max_offset : offset > max_offset ? max_offset : offset;
+    all[t] = rel_bias[held + max_offset];
+  }
+  return all + length - 1;
+}
+
 template <class T>
 INLINE void attend(const float* q, const float* k, const float* v, int64_t ld, int64_t length, int64_t K,
                    const float* rel_bias, int64_t max_offset, float* scratch, T* out, int64_t ldo) {
   const float scale = 1.f / __builtin_sqrtf(static_cast<float>(K));
-  float* bias = nullptr;
-  if (rel_bias) {  // bias[i - j] of query i and key j: offsets in reverse, so that the lanes of queries are neighbours
-    float* all = scratch;
-    scratch += 2 * length + kColumns;
-    for (int64_t t = 0; t < 2 * length + kColumns; ++t) {
-      const int64_t offset = length - 1 - t;  // j - i
-      const int64_t held = offset < -max_offset ? -max_offset : offset > max_offset ? max_offset : offset;
-      all[t] = rel_bias[held + max_offset];
-    }
-    bias = all + length - 1;
-  }
+  const float* bias = rel_bias ? bias_by_offset(rel_bias, max_offset, length, &scratch) : nullptr;
   for (int64_t i = 0; i < length; i += kColumns) {
     const int64_t count = length - i < kColumns ? length - i : kColumns;
     const float* here = bias ? bias + i : nullptr;

@@ -3,7 +3,7 @@
 // A row goes through the same sums in the same order either way: neither the batch nor the threads change a bit.
 #include "encoder.h"
 
-#include "cpu/attend.h"
+#include "cpu/attend_pairs.h"
 #include "cpu/gelu.h"
 #include "cpu/gemm_int8.h"
 #include "cpu/layer_norm.h"
@@ -13,7 +13,7 @@ namespace fastbert::FASTBERT_ISA {
 namespace {
 
 // Rows that go through the feed-forward network together: what they need stays in L2 while the weights stream by.
-constexpr int64_t kRows = 256;
+constexpr int64_t kBlock = 256;
 
 struct Relu {
   static INLINE vf value(vf z) { return z > 0.f ? z : (z == z ? vf{} : z); }
@@ -44,9 +44,15 @@ constexpr int64_t stride(int64_t columns) {
   return stride_nbytes(round_up(columns, kColumns) * sizeof(T)) / sizeof(T);
 }
 
+// Whether attention may multiply bf16: not where weights are fp32.
+template <class T>
+constexpr bool kCoarse = true;
+template <>
+constexpr bool kCoarse<float> = false;
+
 template <class T>
 constexpr int64_t panel_nbytes(int64_t depth) {
-  return kIntegers<T> ? int_panel_nbytes(depth) : round_up(depth, 2) * kColumns * static_cast<int64_t>(sizeof(T));
+  return kIntegers<T> ? int_panel_nbytes(depth) : round_up(depth, kDepthStep<T>) * kColumns * static_cast<int64_t>(sizeof(T));
 }
 
 // Panel p of depth block d: blocks one after the other, whole panels in each.
@@ -118,8 +124,8 @@ template <class Form>
 INLINE void multiply_integers(const Linear<int8_t>& w, int64_t p, int64_t first, int64_t last, int64_t count,
                               Rows<int8_t> a, float* c, int64_t ldc) {
   for (int64_t d = first; d < last; ++d)
-    int_tile_of<Form>(count, depth_of(w.in, d), a.data + (d - first) * kDepth * sizeof(typename Form::Value), a.ld,
-                      a.scales + d - first, a.lds, panel_of(w, d, p), d ? c : w.bias + p * kColumns, d ? ldc : 0, c,
+    int_panel_tile<Form>(count, depth_of(w.in, d), a.data + (d - first) * kDepth * sizeof(typename Form::Value), a.ld,
+                         a.scales + d - first, a.lds, panel_of(w, d, p), d ? c : w.bias + p * kColumns, d ? ldc : 0, c,
                       ldc);
 }
 
@@ -168,22 +174,23 @@ struct Arrays {
 
   Arrays(const EncoderWeights<T>& e, int64_t rows, int64_t max_seqlen, int workers) {
     const int64_t widest = e.E > e.D ? e.E : e.D, width = workers > 1 ? e.F : e.F < kDepth ? e.F : kDepth;
-    block = workers > 1 || rows < kRows ? rows : kRows;
+    block = workers > 1 || rows < kBlock ? rows : kBlock;
+    const int64_t read = round_up(rows, kRows<T>), read_block = round_up(block, kRows<T>);  // by the last tile
     ldx = stride<Stored<T>>(widest);
     ldc = stride<float>(widest);
     ldi = stride<Stored<T>>(width);
     ldq = stride<float>(3 * round_up(e.group * e.K, kColumns));
-    size_x = round_up(rows * ldx * sizeof(Stored<T>), 64);
-    size_inner = round_up(block * ldi * sizeof(Stored<T>), 64);
+    size_x = round_up(read * ldx * sizeof(Stored<T>), 64);
+    size_inner = round_up(read_block * ldi * sizeof(Stored<T>), 64);
     size_sums = round_up(block * ldc * sizeof(float), 64);
     size_qkv = round_up((rows * ldq + W) * sizeof(float), 64);
     shared_bytes = 2 * size_x + size_inner + size_sums;
     if (kIntegers<T>) {
-      outer_integers = Integers(rows, widest);
-      inner_integers = Integers(block, width);
+      outer_integers = Integers(read, widest);
+      inner_integers = Integers(read_block, width);
       shared_bytes += outer_integers.nbytes() + inner_integers.nbytes();
     }
-    const int64_t attention = attend_scratch(max_seqlen, e.K);
+    const int64_t attention = (kCoarse<T> ? attend_pairs_scratch : attend_scratch)(max_seqlen, e.K);
     worker_bytes = size_qkv + round_up((attention > widest ? attention : widest) * sizeof(float) + 128, 128);
   }
 
@@ -277,8 +284,8 @@ struct Worker {
   // One panel of columns for all rows of a block, through an activation.
   template <class Form>
   INLINE void activate(const Linear<T>& w, int64_t p, int64_t count, Rows<T> a, S* to, int64_t ldo) const {
-    each_tile(count, [&](int64_t r, int64_t n) LAMBDA {
-      alignas(64) float c[kTileRows * kColumns];
+    each_tile<T>(count, [&](int64_t r, int64_t n) LAMBDA {
+      alignas(64) float c[kRows<T> * kColumns];
       multiply(w, p, 0, num_blocks(w.in), n, a.from(r), c, kColumns);
       for (int64_t i = 0; i < n; ++i)
         for (int64_t j = 0; j < kColumns; j += W)
@@ -301,6 +308,10 @@ struct Worker {
     S* to = e.project.panels ? at.context : at.x;
     share_rows(rows, [&](int64_t r) LAMBDA {
       const int64_t token = begin + r;
+      if (kDepthStep<T> > 2) {  // what a tile reads past a row meets zero weights, and must be finite
+        memset(static_cast<void*>(at.x + r * at.ldx), 0, at.ldx * sizeof(S));
+        memset(static_cast<void*>(at.context + r * at.ldx), 0, at.ldx * sizeof(S));
+      }
       const S* word = e.word + tokens.input_ids[token] * e.E;
       const S* position = e.position + tokens.position_ids[token] * e.E;
       const S* type = e.token_type ? e.token_type + (tokens.type_ids ? tokens.type_ids[token] * e.E : 0) : nullptr;
@@ -326,7 +337,7 @@ struct Worker {
     const int64_t padded = round_up(e.group * e.K, kColumns), panels = 3 * padded / kColumns;
     share((e.H + e.group - 1) / e.group, [&](int64_t g) LAMBDA {
       for (int64_t p = 0; p < panels; ++p)
-        each_tile(rows, [&](int64_t r, int64_t n) LAMBDA {
+        each_tile<T>(rows, [&](int64_t r, int64_t n) LAMBDA {
           multiply(layer.qkv, g * panels + p, 0, num_blocks(e.D), n, operand_of_x().from(r),
                    at.qkv + r * at.ldq + p * kColumns, at.ldq);
         });
@@ -335,9 +346,13 @@ struct Worker {
         for (int64_t h = 0; h < e.group && g * e.group + h < e.H; ++h) {
           const float* q = at.qkv + row * at.ldq + h * e.K;
           const int64_t head = g * e.group + h;
-          attend(q, q + padded, q + 2 * padded, at.ldq, length, e.K,
-                 e.rel_bias ? e.rel_bias + head * (2 * e.max_offset + 1) : nullptr, e.max_offset, at.scratch,
-                 at.context + row * at.ldx + head * e.K, at.ldx);
+          const float* bias = e.rel_bias ? e.rel_bias + head * (2 * e.max_offset + 1) : nullptr;
+          S* to = at.context + row * at.ldx + head * e.K;
+          const float *k = q + padded, *v = k + padded;
+          if constexpr (kCoarse<T>)
+            attend_pairs(q, k, v, at.ldq, length, e.K, bias, e.max_offset, at.scratch, to, at.ldx);
+          else
+            attend(q, k, v, at.ldq, length, e.K, bias, e.max_offset, at.scratch, to, at.ldx);
         }
       }
     });
@@ -373,7 +388,7 @@ struct Worker {
   // sums = bias or sums, + A W over depth blocks [first, last).
   void accumulate(const Linear<T>& w, int64_t first, int64_t last, int64_t count, Rows<T> a) {
     share(w.out / kColumns, [&](int64_t p) LAMBDA {
-      each_tile(count, [&](int64_t r, int64_t n) LAMBDA {
+      each_tile<T>(count, [&](int64_t r, int64_t n) LAMBDA {
         multiply(w, p, first, last, n, a.from(r), at.sums + r * at.ldc + p * kColumns, at.ldc);
       });
     });
@@ -408,6 +423,9 @@ template <class T>
 void encoder_fwd(const EncoderWeights<T>& e, const Tokens& tokens, int64_t max_seqlen, Stored<T>* out, char* memory,
                  Team team) {
   const int64_t begin = tokens.cu_seqlens[tokens.first], rows = tokens.cu_seqlens[tokens.last] - begin;
+#if defined(FASTBERT_AMX)
+  const Tiles tiles;
+#endif
   Worker<T> self{e, tokens, Arrays<T>(e, rows, max_seqlen, team.workers), begin, rows, team};
   self.at.place(memory, team.worker);
   self.run(out);
@@ -424,5 +442,52 @@ template EncoderKernels<bf16> encoder_table();
 template EncoderKernels<int8_t> encoder_table();
 
 bool offers_fours() { return kFours; }
+
+#if defined(FASTBERT_AMX)
+// Whether the tiles of this CPU compute what they should: small integers, whose sums are exact in every form.
+bool tiles_agree() {
+  constexpr int kM = 27, kK = 96;
+  alignas(64) bf16 a[32][kK] = {}, b[kK / 2][2 * kColumns];
+  alignas(64) std::uint8_t bytes[32][2 * kK] = {};
+  alignas(64) int8_t panel[2 * kK * kColumns];
+  const auto number = [](int i, int j) { return (i * 37 + j * 11) % 15 - 7; };
+  const auto half = [](int x) {
+    const float wide = static_cast<float>(x);
+    bf16 narrow;
+    memcpy(&narrow, reinterpret_cast<const char*>(&wide) + 2, sizeof narrow);
+    return narrow;
+  };
+  for (int m = 0; m < kM; ++m)
+    for (int k = 0; k < 2 * kK; ++k) {
+      if (k < kK) a[m][k] = half(number(m, k));
+      bytes[m][k] = static_cast<std::uint8_t>(number(m, k) + 128);
+    }
+  for (int k = 0; k < 2 * kK; ++k)
+    for (int n = 0; n < kColumns; ++n) {
+      if (k < kK) b[k / 2][2 * n + k % 2] = half(number(n, 3 * k));
+      panel[k / 4 * 4 * kColumns + 4 * n + k % 4] = static_cast<int8_t>(number(n, 3 * k));
+    }
+  alignas(64) float sums[32][kColumns];
+  alignas(64) int32_t integers[32][kColumns];
+  {
+    const Tiles tiles;
+    amx_products<2, false>(kM, kK * 2 / kTileBytes, reinterpret_cast<const char*>(a), sizeof a[0],
+                           reinterpret_cast<const char*>(b), sums);
+    amx_products<2, true>(kM, 2 * kK / kTileBytes, reinterpret_cast<const char*>(bytes), sizeof bytes[0],
+                          reinterpret_cast<const char*>(panel), integers);
+  }
+  bool agree = true;
+  for (int m = 0; m < kM; ++m)
+    for (int n = 0; n < kColumns; ++n) {
+      int products = 0, shifted = 0;
+      for (int k = 0; k < 2 * kK; ++k) {
+        if (k < kK) products += number(m, k) * number(n, 3 * k);
+        shifted += (number(m, k) + 128) * number(n, 3 * k);
+      }
+      agree &= sums[m][n] == static_cast<float>(products) && integers[m][n] == shifted;
+    }
+  return agree;
+}
+#endif
 
 }  // namespace fastbert::FASTBERT_ISA

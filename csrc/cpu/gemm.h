@@ -2,13 +2,28 @@
 //
 // A sum runs along the depth in order whatever the tile's height, so neither batch nor threads change a bit.
 #pragma once
-#include "cpu/vec.h"
+#include "cpu/amx.h"
 
 namespace fastbert::FASTBERT_ISA {
 namespace {
 
 constexpr int kTileRows = W == 16 ? 14 : 6;  // 28 of 32 registers, or 12 of 16, hold sums
 constexpr int kColumns = 2 * W;              // of a panel of weights
+
+// Rows of A that one tile takes, by the type of its operands.
+template <class T>
+constexpr int kRows = kTileRows;
+#if defined(FASTBERT_AMX)
+template <>
+constexpr int kRows<bf16> = 2 * kTileHeight;
+template <>
+constexpr int kRows<std::int8_t> = 2 * kTileHeight;
+#endif
+
+// The depth of a panel is a multiple of this, filled with zeros; rows of A are read as far. Rows past the last are read
+// too, and make sums that nobody takes.
+template <class T>
+constexpr int64_t kDepthStep = 1;
 
 // C[0..MR) x [0..NV * W): A is (MR, depth), stored transposed if kTransposed; add has rows ld_add apart, or is null.
 template <int MR, int NV, bool kTransposed, class T>
@@ -38,6 +53,13 @@ __attribute__((noinline)) void tile(int64_t depth, const T* a, int64_t lda, cons
 #if defined(__AVX512BF16__)
 // Pairs of the depth lie side by side in B, so that one instruction multiplies both; an odd last one has a zero partner.
 constexpr bool kPairs = true;
+#if defined(FASTBERT_AMX)
+template <>
+constexpr int64_t kDepthStep<bf16> = kTileBytes / sizeof(bf16);
+#else
+template <>
+constexpr int64_t kDepthStep<bf16> = 2;
+#endif
 
 INLINE __m512i pair_at(const bf16* a, bool both) {
   uint32_t bits = a->bits;
@@ -45,20 +67,22 @@ INLINE __m512i pair_at(const bf16* a, bool both) {
   return _mm512_set1_epi32(static_cast<int>(bits));
 }
 
-template <int MR>
+template <int MR, int NV>
 __attribute__((noinline)) void pair_tile(int64_t depth, const bf16* a, int64_t lda, const bf16* b, const float* add,
                                          int64_t ld_add, float* c, int64_t ldc) {
-  __m512 sums[MR][2];
+  __m512 sums[MR][NV];
 #pragma GCC unroll 16
-  for (int m = 0; m < MR; ++m) sums[m][0] = sums[m][1] = _mm512_setzero_ps();
+  for (int m = 0; m < MR; ++m)
+    for (int v = 0; v < NV; ++v) sums[m][v] = _mm512_setzero_ps();
   const auto step = [&](int64_t k, bool both) LAMBDA {
-    const __m512bh left = (__m512bh)_mm512_loadu_si512(b + k * kColumns);
-    const __m512bh right = (__m512bh)_mm512_loadu_si512(b + k * kColumns + 2 * W);
+    __m512bh row[NV];
+#pragma GCC unroll 16
+    for (int v = 0; v < NV; ++v) row[v] = (__m512bh)_mm512_loadu_si512(b + k * kColumns + v * 2 * W);
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m) {
       const __m512bh x = (__m512bh)pair_at(a + m * lda + k, both);
-      sums[m][0] = _mm512_dpbf16_ps(sums[m][0], x, left);
-      sums[m][1] = _mm512_dpbf16_ps(sums[m][1], x, right);
+#pragma GCC unroll 16
+      for (int v = 0; v < NV; ++v) sums[m][v] = _mm512_dpbf16_ps(sums[m][v], x, row[v]);
     }
   };
   int64_t k = 0;
@@ -67,7 +91,7 @@ __attribute__((noinline)) void pair_tile(int64_t depth, const bf16* a, int64_t l
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 16
-    for (int v = 0; v < 2; ++v)
+    for (int v = 0; v < NV; ++v)
       store(c + m * ldc + v * W, (vf)sums[m][v] + (add ? load(add + m * ld_add + v * W) : vf{}));
 }
 #else
@@ -87,12 +111,24 @@ INLINE void panel_tile(int64_t rows, int64_t depth, const float* a, int64_t lda,
                        int64_t ld_add, float* c, int64_t ldc) {
   tile_of<2>(rows, depth, a, lda, panel, kColumns, add, ld_add, c, ldc);
 }
-#if defined(__AVX512BF16__)
-template <int MR = kTileRows>
+#if defined(FASTBERT_AMX)
+template <int NV = 2>
 INLINE void panel_tile(int64_t rows, int64_t depth, const bf16* a, int64_t lda, const bf16* panel, const float* add,
                        int64_t ld_add, float* c, int64_t ldc) {
-  if (rows == MR) return pair_tile<MR>(depth, a, lda, panel, add, ld_add, c, ldc);
-  if constexpr (MR > 1) panel_tile<MR - 1>(rows, depth, a, lda, panel, add, ld_add, c, ldc);
+  alignas(64) float sums[2 * kTileHeight][kColumns];
+  const int64_t steps = (depth + kDepthStep<bf16> - 1) / kDepthStep<bf16>;
+  amx_products<NV, false>(rows, steps, reinterpret_cast<const char*>(a), lda * sizeof(bf16),
+                          reinterpret_cast<const char*>(panel), sums);
+  for (int64_t m = 0; m < rows; ++m)
+    for (int v = 0; v < NV * W; v += W)
+      store(c + m * ldc + v, load(sums[m] + v) + (add ? load(add + m * ld_add + v) : vf{}));
+}
+#elif defined(__AVX512BF16__)
+template <int NV = 2, int MR = kTileRows>
+INLINE void panel_tile(int64_t rows, int64_t depth, const bf16* a, int64_t lda, const bf16* panel, const float* add,
+                       int64_t ld_add, float* c, int64_t ldc) {
+  if (rows == MR) return pair_tile<MR, NV>(depth, a, lda, panel, add, ld_add, c, ldc);
+  if constexpr (MR > 1) panel_tile<NV, MR - 1>(rows, depth, a, lda, panel, add, ld_add, c, ldc);
 }
 #else
 INLINE void panel_tile(int64_t rows, int64_t depth, const bf16* a, int64_t lda, const bf16* panel, const float* add,
@@ -101,10 +137,10 @@ INLINE void panel_tile(int64_t rows, int64_t depth, const bf16* a, int64_t lda, 
 }
 #endif
 
-// f(first row, rows) over blocks of at most kTileRows rows, as equal as can be: a tile of few rows wastes cycles.
-template <class F>
+// f(first row, rows) over blocks of at most one tile of T, as equal as can be: a tile of few rows wastes cycles.
+template <class T, class F>
 INLINE void each_tile(int64_t rows, F f) {
-  const int64_t count = (rows + kTileRows - 1) / kTileRows;
+  const int64_t count = (rows + kRows<T> - 1) / kRows<T>;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t begin = rows * i / count;
     f(begin, rows * (i + 1) / count - begin);

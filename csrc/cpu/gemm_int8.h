@@ -92,10 +92,16 @@ struct Fours {
   }
 };
 
-// A panel of one depth block: its weights, those of a column side by side by groups, zeros up to a multiple of 4; then
+#if defined(FASTBERT_AMX)
+constexpr int64_t kIntStep = kTileBytes;
+#else
+constexpr int64_t kIntStep = 4;
+#endif
+
+// A panel of one depth block: its weights, those of a column side by side by groups, zeros up to whole steps; then
 // a scale and a correction for each column.
 constexpr int64_t int_panel_nbytes(int64_t depth) {
-  return round_up(depth, 4) * kColumns + kColumns * (sizeof(float) + sizeof(int32_t));
+  return round_up(depth, kIntStep) * kColumns + kColumns * (sizeof(float) + sizeof(int32_t));
 }
 
 // rows[n] (null: zeros) and scales[n] are those of the panel's columns; k from `begin`.
@@ -103,7 +109,7 @@ template <class Form>
 void pack_int_panel(const int8_t* const* rows, const float* scales, int64_t begin, int64_t depth, int8_t* panel) {
   constexpr int kGroup = Form::kGroup;
   memset(panel, 0, int_panel_nbytes(depth));
-  float* scale = reinterpret_cast<float*>(panel + round_up(depth, 4) * kColumns);
+  float* scale = reinterpret_cast<float*>(panel + round_up(depth, kIntStep) * kColumns);
   int32_t* correction = reinterpret_cast<int32_t*>(scale + kColumns);
   for (int n = 0; n < kColumns; ++n) {
     if (rows[n] == nullptr) continue;
@@ -138,6 +144,18 @@ INLINE float quantise(const float* x, int64_t n, typename Form::Value* q) {
   return top / Form::kLevels;
 }
 
+// One row of a result from its sums: add + a scale of the row x a scale of the column x what is left of the offset.
+INLINE void int_row(const vi sums[2], int64_t depth, float row_scale, const int8_t* panel, const float* add, float* c) {
+  const float* scale = reinterpret_cast<const float*>(panel + round_up(depth, kIntStep) * kColumns);
+#pragma GCC unroll 2
+  for (int v = 0; v < 2; ++v) {
+    vi correction;
+    memcpy(&correction, scale + kColumns + v * W, sizeof correction);
+    const vf sum = __builtin_convertvector(sums[v] - correction, vf);
+    store(c + v * W, sum * (load(scale + v * W) * row_scale) + load(add + v * W));
+  }
+}
+
 // C[0..MR) x [0..kColumns) = add + a scale of the row x a scale of the column x the sums of one depth block.
 template <class Form, int MR>
 __attribute__((noinline)) void int_tile(int64_t depth, const char* a, int64_t lda, const float* scales, int64_t lds,
@@ -158,16 +176,8 @@ __attribute__((noinline)) void int_tile(int64_t depth, const char* a, int64_t ld
       PINNED(sums[m][0], sums[m][1]);
     }
   }
-  const float* scale = reinterpret_cast<const float*>(panel + round_up(depth, 4) * kColumns);
 #pragma GCC unroll 16
-  for (int m = 0; m < MR; ++m)
-#pragma GCC unroll 16
-    for (int v = 0; v < 2; ++v) {
-      vi correction;
-      memcpy(&correction, scale + kColumns + v * W, sizeof correction);
-      const vf sum = __builtin_convertvector(sums[m][v] - correction, vf);
-      store(c + m * ldc + v * W, sum * (load(scale + v * W) * scales[m * lds]) + load(add + m * ld_add + v * W));
-    }
+  for (int m = 0; m < MR; ++m) int_row(sums[m], depth, scales[m * lds], panel, add + m * ld_add, c + m * ldc);
 }
 
 // The tile of exactly `rows` rows, at most MR.
@@ -177,6 +187,24 @@ INLINE void int_tile_of(int64_t rows, int64_t depth, const char* a, int64_t lda,
   if (rows == MR) return int_tile<Form, MR>(depth, a, lda, scales, lds, panel, add, ld_add, c, ldc);
   if constexpr (MR > 1)
     int_tile_of<Form, MR - 1>(rows, depth, a, lda, scales, lds, panel, add, ld_add, c, ldc);
+}
+
+// At most kRows<int8_t> rows.
+template <class Form>
+INLINE void int_panel_tile(int64_t rows, int64_t depth, const char* a, int64_t lda, const float* scales, int64_t lds,
+                           const int8_t* panel, const float* add, int64_t ld_add, float* c, int64_t ldc) {
+#if defined(FASTBERT_AMX)
+  if constexpr (Form::kGroup == 4) {
+    alignas(64) vi sums[2 * kTileHeight][2];
+    amx_products<2, true>(rows, round_up(depth, kIntStep) / kIntStep, a, lda, reinterpret_cast<const char*>(panel), sums);
+    for (int64_t m = 0; m < rows; ++m) int_row(sums[m], depth, scales[m * lds], panel, add + m * ld_add, c + m * ldc);
+    return;
+  }
+#endif
+  each_tile<float>(rows, [&](int64_t r, int64_t n) LAMBDA {
+    int_tile_of<Form>(n, depth, a + r * lda, lda, scales + r * lds, lds, panel, add + r * ld_add, ld_add, c + r * ldc,
+                      ldc);
+  });
 }
 
 }  // namespace

@@ -57,9 +57,13 @@ INLINE vf widen(vh x) { return as_float(__builtin_convertvector(x, vu) << 16); }
 
 // Round to nearest even; NaN stays NaN.
 INLINE vh narrow(vf x) {
+#if defined(__AVX512BF16__)
+  return (vh)_mm512_cvtneps_pbh((__m512)x);
+#else
   const vu bits = as_bits(x);
   const vu rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
   return __builtin_convertvector(x == x ? rounded : (bits >> 16 | 0x40u), vh);
+#endif
 }
 
 INLINE vf load(const float* p) {

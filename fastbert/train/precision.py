@@ -18,7 +18,7 @@ def choose_precision(arguments: TrainArguments, device: torch.device) -> torch.d
     if device.type == "cuda":
         has = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        has = device.type == "cpu" and native.available() and native.isa() == "avx512bf16"
+        has = device.type == "cpu" and native.available() and native.isa() in ("avx512bf16", "amx")
     return torch.bfloat16 if has else torch.float32
 
 

@@ -1,0 +1,144 @@
+// The tiles of AMX: 16 rows of 64 bytes each, products of bf16 and of bytes. FASTBERT_EMULATE_AMX computes the same in
+// plain C++, so that every test of the engine runs over it on a CPU without tiles.
+#pragma once
+#include "cpu/vec.h"
+
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__) || defined(FASTBERT_EMULATE_AMX)
+#define FASTBERT_AMX
+
+namespace fastbert::FASTBERT_ISA {
+namespace {
+
+constexpr int64_t kTileBytes = 64;  // of a row
+constexpr int kTileHeight = 16;
+
+struct alignas(64) TileConfig {
+  std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  std::uint8_t rows[16] = {};
+};
+
+#if defined(FASTBERT_EMULATE_AMX)
+struct EmulatedTiles {
+  TileConfig config;
+  std::uint8_t tile[8][kTileHeight][kTileBytes];
+};
+thread_local EmulatedTiles emulated;
+
+// bf16 at p, denormals as zero, and sums that flush theirs: what the instruction does whatever MXCSR says.
+INLINE float flushed(float x) { return __builtin_fabsf(x) < 1.17549435e-38f ? __builtin_copysignf(0.f, x) : x; }
+INLINE float tile_bf16(const std::uint8_t* p) {
+  bf16 x;
+  memcpy(&x, p, sizeof x);
+  return flushed(get(x));
+}
+inline void tile_move(int t, const void* p, int64_t stride, bool store) {
+  for (int r = 0; r < emulated.config.rows[t]; ++r) {
+    char* at = const_cast<char*>(static_cast<const char*>(p)) + r * stride;
+    store ? memcpy(at, emulated.tile[t][r], emulated.config.row_bytes[t])
+          : memcpy(emulated.tile[t][r], at, emulated.config.row_bytes[t]);
+  }
+}
+// Even and odd products have sums of their own, which meet at the end.
+inline void tile_dot_bf16(int c, int a, int b) {
+  for (int m = 0; m < emulated.config.rows[c]; ++m)
+    for (int n = 0; n < emulated.config.row_bytes[c] / 4; ++n) {
+      float part[2] = {}, sum;
+      for (int k = 0; k < emulated.config.row_bytes[a] / 4; ++k)
+        for (int i = 0; i < 2; ++i)
+          part[i] = flushed(__builtin_fmaf(tile_bf16(&emulated.tile[a][m][4 * k + 2 * i]),
+                                           tile_bf16(&emulated.tile[b][k][4 * n + 2 * i]), part[i]));
+      memcpy(&sum, &emulated.tile[c][m][4 * n], sizeof sum);
+      sum = flushed(sum + flushed(part[0] + part[1]));
+      memcpy(&emulated.tile[c][m][4 * n], &sum, sizeof sum);
+    }
+}
+inline void tile_dot_bytes(int c, int a, int b) {
+  for (int m = 0; m < emulated.config.rows[c]; ++m)
+    for (int n = 0; n < emulated.config.row_bytes[c] / 4; ++n) {
+      int32_t sum;
+      memcpy(&sum, &emulated.tile[c][m][4 * n], sizeof sum);
+      for (int k = 0; k < emulated.config.row_bytes[a]; ++k)
+        sum += emulated.tile[a][m][k] * static_cast<std::int8_t>(emulated.tile[b][k / 4][4 * n + k % 4]);
+      memcpy(&emulated.tile[c][m][4 * n], &sum, sizeof sum);
+    }
+}
+#define TILE_CONFIG_LOAD(p) (emulated.config = *(p))
+#define TILE_CONFIG_STORE(p) (*(p) = emulated.config)
+#define TILE_ZERO(t) memset(emulated.tile[t], 0, sizeof emulated.tile[t])
+#define TILE_LOAD(t, p, stride) tile_move(t, p, stride, false)
+#define TILE_STORE(t, p, stride) tile_move(t, p, stride, true)
+#define TILE_DOT_BF16(c, a, b) tile_dot_bf16(c, a, b)
+#define TILE_DOT_BYTES(c, a, b) tile_dot_bytes(c, a, b)
+#else
+#define TILE_CONFIG_LOAD(p) _tile_loadconfig(p)
+#define TILE_CONFIG_STORE(p) _tile_storeconfig(p)
+#define TILE_ZERO(t) _tile_zero(t)
+#define TILE_LOAD(t, p, stride) _tile_loadd(t, p, stride)
+#define TILE_STORE(t, p, stride) _tile_stored(t, p, stride)
+#define TILE_DOT_BF16(c, a, b) _tile_dpbf16ps(c, a, b)
+#define TILE_DOT_BYTES(c, a, b) _tile_dpbusd(c, a, b)
+#endif
+
+// This thread's tiles, all whole, while it lives. The shape that another library set comes back: it may count on it.
+class Tiles {
+ public:
+  Tiles() {
+    TILE_CONFIG_STORE(&before_);
+    TileConfig whole;
+    for (int t = 0; t < 8; ++t) {
+      whole.rows[t] = kTileHeight;
+      whole.row_bytes[t] = kTileBytes;
+    }
+    TILE_CONFIG_LOAD(&whole);
+  }
+  ~Tiles() { TILE_CONFIG_LOAD(&before_); }
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
+
+ private:
+  TileConfig before_;
+};
+
+// sums (32, 32) = A B: `steps` times 64 bytes of A's rows, `lda` bytes apart, and 16 rows of the panel, 128 bytes each.
+// Rows of A are read in blocks of 16, whole ones; NV is 1 where only the left half of the columns is wanted.
+template <int NV, bool kBytes>
+INLINE void amx_products(int64_t rows, int64_t steps, const char* a, int64_t lda, const char* b, void* sums) {
+  constexpr int64_t kRow = 2 * kTileBytes;
+  const bool high = rows > kTileHeight;
+#define TILE_DOT(c, x, y)      \
+  if constexpr (kBytes)        \
+    TILE_DOT_BYTES(c, x, y);   \
+  else                         \
+    TILE_DOT_BF16(c, x, y)
+  TILE_ZERO(0);
+  TILE_ZERO(1);
+  TILE_ZERO(2);
+  TILE_ZERO(3);
+  for (int64_t i = 0; i < steps; ++i, a += kTileBytes, b += kTileHeight * kRow) {
+    TILE_LOAD(4, a, lda);
+    TILE_LOAD(6, b, kRow);
+    TILE_DOT(0, 4, 6);
+    if (NV > 1) {
+      TILE_LOAD(7, b + kTileBytes, kRow);
+      TILE_DOT(1, 4, 7);
+    }
+    if (high) {
+      TILE_LOAD(5, a + kTileHeight * lda, lda);
+      TILE_DOT(2, 5, 6);
+      if (NV > 1) {
+        TILE_DOT(3, 5, 7);
+      }
+    }
+  }
+#undef TILE_DOT
+  char* to = static_cast<char*>(sums);
+  TILE_STORE(0, to, kRow);
+  TILE_STORE(1, to + kTileBytes, kRow);
+  TILE_STORE(2, to + kTileHeight * kRow, kRow);
+  TILE_STORE(3, to + kTileHeight * kRow + kTileBytes, kRow);
+}
+
+}  // namespace
+}  // namespace fastbert::FASTBERT_ISA
+#endif
