@@ -1,6 +1,7 @@
 """Builds `fastbert._C`: csrc/*.cpp once, csrc/cpu/*.cpp once per instruction set, csrc/cuda/*.cu when nvcc is found.
 
-FASTBERT_NATIVE=0 leaves the extension out; FASTBERT_SANITIZE=1 builds it with the address and undefined sanitizers.
+FASTBERT_NATIVE=0 leaves the extension out, FASTBERT_CUDA=0 its CUDA part; FASTBERT_SANITIZE=1 builds it, without CUDA,
+with the address and undefined sanitizers.
 """
 
 import os
@@ -32,6 +33,7 @@ SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined"] if os.environ.get("FAST
 # No -ffast-math: NaN and infinity must come out as they went in, and loading must not change the denormal mode.
 CXXFLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno"]
 WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas"]
+# sm_80 runs on all of 8.x, sm_90 on 9.0, and the driver compiles the PTX for whatever is newer.
 ARCHITECTURES = ["arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90", "arch=compute_90,code=compute_90"]
 NVCCFLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", *(f"-gencode={a}" for a in ARCHITECTURES)]
 
@@ -42,7 +44,7 @@ def run(command: list[str]) -> None:
     if subprocess.run(command).returncode:
         sys.exit(
             f"fastbert: `{command[0]}` failed (above). Install a C++17 compiler with OpenMP (for instance g++ >= 9) "
-            "or set FASTBERT_NATIVE=0 to install without the native kernels."
+            "or set FASTBERT_NATIVE=0 to install without the native kernels, FASTBERT_CUDA=0 without their CUDA part."
         )
 
 
@@ -72,18 +74,20 @@ class BuildNative(build_ext):
         candidates = [os.environ["CXX"]] if "CXX" in os.environ else ["c++", "g++", "clang++"]
         cxx = next((c.split() for c in candidates if shutil.which(c.split()[0])), None)
         if cxx is None:
-            wanted = " or ".join(candidates)
-            sys.exit(f"fastbert: {wanted} not found. Install a C++17 compiler with OpenMP or set FASTBERT_NATIVE=0.")
-        nvcc = shutil.which("nvcc")
+            sys.exit(f"fastbert: {' or '.join(candidates)} not found. Install a C++17 compiler with OpenMP or set FASTBERT_NATIVE=0.")
+        wanted = os.environ.get("FASTBERT_CUDA", "1") != "0" and not SANITIZE
+        nvcc = shutil.which("nvcc") if wanted else None
         includes = [f"-I{CSRC}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
         base = [*cxx, *CXXFLAGS, *WARNINGS, *SANITIZE, *includes]
-        jobs = [(s, s.stem, base) for s in sorted(CSRC.glob("*.cpp"))]
+        jobs = [(s, s.stem, base) for s in sorted(CSRC.glob("*.cpp")) if nvcc or s.stem != "bindings_cuda"]
+        if nvcc:  # only the module's own file asks whether there is CUDA
+            jobs = [(s, n, [*c, "-DFASTBERT_CUDA"] if n == "bindings" else c) for s, n, c in jobs]
         for isa, flags in ISAS.items():
             per_isa = [*base, *flags, f"-DFASTBERT_ISA={isa}"]
             sources = sorted((CSRC / "cpu").glob("encoder.cpp" if isa in ENCODER_ONLY else "*.cpp"))
             jobs += [(s, f"{s.stem}-{isa}", per_isa) for s in sources]
-        cuda = [(s, f"{s.stem}-cuda", [nvcc, *NVCCFLAGS, f"-I{CSRC}"]) for s in sorted((CSRC / "cuda").glob("*.cu"))]
-        jobs += cuda if nvcc else []
+        if nvcc:
+            jobs += [(s, f"{s.stem}-cuda", [nvcc, *NVCCFLAGS, f"-I{CSRC}"]) for s in sorted((CSRC / "cuda").glob("*.cu"))]
 
         folder = Path("build") / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -93,8 +97,8 @@ class BuildNative(build_ext):
         library = Path(self.get_ext_fullpath(ext.name))
         library.parent.mkdir(parents=True, exist_ok=True)
         # nvcc links where it compiled: it knows its own libcudart_static and what that needs.
-        link = [nvcc, "-shared", "-cudart=static", "-Xcompiler=-fopenmp"] if cuda and nvcc else [*cxx, "-shared"]
-        link += [] if cuda and nvcc else ["-fopenmp", *SANITIZE]
+        link = [nvcc, "-shared", "-cudart=static", "-Xcompiler=-fopenmp"] if nvcc else [*cxx, "-shared"]
+        link += [] if nvcc else ["-fopenmp", *SANITIZE]
         run([*link, *map(str, targets), "-o", str(library)])
 
 

@@ -240,6 +240,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("int8_linear_scale", &int8_linear_scale);
   bind_encoder(m);
   bind_plans(m);
+#ifdef FASTBERT_CUDA
+  bind_cuda(m);
+#endif
 }
 
 }  // namespace fastbert

@@ -15,6 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = {
     "kernels": 0,
     "native": 0,
+    "native_cuda": 0,
     "ops": 1,
     "hub": 1.5,
     "machine": 1.5,

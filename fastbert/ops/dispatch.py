@@ -18,7 +18,8 @@ import torch
 
 REFERENCE = "reference"
 BACKENDS = {"triton": "fastbert.kernels", "native": "fastbert.native"}
-# A kernel is a default where it has run: the Triton ones have not been on a GPU yet (LOG.md, "Waits for a GPU").
+_OF_DEVICE = {("native", "cuda"): "fastbert.native_cuda"}  # where one device's code is a module of its own
+# A kernel is a default where it has run: neither Triton's nor CUDA C++ have been on a GPU yet (LOG.md, "Waits for a GPU").
 DEFAULT: dict[str, tuple[str, ...]] = {"cuda": (), "cpu": ("native",)}
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -59,8 +60,8 @@ def forced_backend() -> str | None:
 
 
 @cache
-def _module(name: str) -> ModuleType:
-    return importlib.import_module(BACKENDS[name])
+def _module(name: str, device_type: str) -> ModuleType:
+    return importlib.import_module(_OF_DEVICE.get((name, device_type), BACKENDS[name]))
 
 
 @cache
@@ -68,16 +69,16 @@ def _choose(op: str, device_type: str, dtype: torch.dtype, forced: str | None) -
     if forced == REFERENCE:
         return None
     if forced is not None:
-        _module(forced).require()
-        if not _module(forced).supports(op, device_type, dtype):
+        _module(forced, device_type).require()
+        if not _module(forced, device_type).supports(op, device_type, dtype):
             raise NotImplementedError(
                 f"backend {forced!r} has no {op} for {dtype} on {device_type}; "
                 f"leave the choice to fastbert or force 'reference' (`python -m fastbert.ops` lists what exists)"
             )
-        return _module(forced)
+        return _module(forced, device_type)
     for name in DEFAULT.get(device_type, ()):
-        if _module(name).supports(op, device_type, dtype):
-            return _module(name)
+        if _module(name, device_type).supports(op, device_type, dtype):
+            return _module(name, device_type)
     return None
 
 
@@ -105,13 +106,13 @@ def can_look(x: torch.Tensor) -> bool:
 
 def has(backend: str, op: str, device_type: str, dtype: torch.dtype) -> bool:
     """Whether a backend computes `op` on this device and dtype; the reference computes everything."""
-    return backend == REFERENCE or _module(backend).supports(op, device_type, dtype)
+    return backend == REFERENCE or _module(backend, device_type).supports(op, device_type, dtype)
 
 
 def chosen(op: str, device_type: str, dtype: torch.dtype) -> str:
     """Name of the backend that `op` takes on this device and dtype, as nothing is forced."""
     module = _choose(op, device_type, dtype, None)
-    return REFERENCE if module is None else next(n for n, path in BACKENDS.items() if path == module.__name__)
+    return REFERENCE if module is None else next(n for n in BACKENDS if _module(n, device_type) is module)
 
 
 def fused(op: str, x: torch.Tensor) -> ModuleType | None:
@@ -119,8 +120,8 @@ def fused(op: str, x: torch.Tensor) -> ModuleType | None:
     computed one by one, whatever is forced."""
     names = DEFAULT.get(x.device.type, ()) if forced_backend() is None else (forced_backend(),)
     for name in names:
-        if name != REFERENCE and _module(str(name)).supports(op, x.device.type, x.dtype):
-            return _module(str(name))
+        if name is not None and has(name, op, x.device.type, x.dtype) and name != REFERENCE:
+            return _module(name, x.device.type)
     return None
 
 
