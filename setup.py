@@ -3,6 +3,7 @@
 FASTBERT_NATIVE=0 leaves the extension out; FASTBERT_SANITIZE=1 builds it with the address and undefined sanitizers.
 """
 
+import importlib.util
 import os
 import platform
 import shlex
@@ -59,19 +60,30 @@ def compile_one(source: Path, target: Path, compiler: list[str]) -> None:
         target.with_suffix(".cmd").write_text(shlex.join(command))
 
 
+def pybind11_include() -> Path:
+    """Its headers; a machine without the package may have torch, which carries them."""
+    for package, folder in (("pybind11", "include"), ("torch", "include")):
+        found = importlib.util.find_spec(package)
+        if (
+            found is not None
+            and found.origin is not None
+            and (Path(found.origin).parent / folder / "pybind11").exists()
+        ):
+            return Path(found.origin).parent / folder
+    sys.exit("fastbert: pybind11 not found: `pip install pybind11`")
+
+
 class BuildNative(build_ext):
     """One object per source and instruction set, compiled in parallel and kept in build/ between builds."""
 
     def build_extension(self, ext: Extension) -> None:
-        import pybind11
-
         candidates = [os.environ["CXX"]] if "CXX" in os.environ else ["c++", "g++", "clang++"]
         cxx = next((c.split() for c in candidates if shutil.which(c.split()[0])), None)
         if cxx is None:
             wanted = " or ".join(candidates)
             sys.exit(f"fastbert: {wanted} not found. Install a C++17 compiler with OpenMP or set FASTBERT_NATIVE=0.")
         nvcc = shutil.which("nvcc")
-        includes = [f"-I{CSRC}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+        includes = [f"-I{CSRC}", f"-I{pybind11_include()}", f"-I{sysconfig.get_path('include')}"]
         base = [*cxx, *CXXFLAGS, *WARNINGS, *SANITIZE, *includes]
         jobs = [(s, s.stem, base) for s in sorted(CSRC.glob("*.cpp"))]
         for isa, flags in ISAS.items():

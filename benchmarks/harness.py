@@ -13,10 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -141,4 +140,6 @@ def today() -> str:
 
 def console() -> Console:
     """The terminal; in a pipe wide enough for a table."""
+    from rich.console import Console  # here, as a GPU machine may have torch alone
+
     return Console(width=None if sys.stdout.isatty() else 140)

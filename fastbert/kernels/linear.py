@@ -199,9 +199,7 @@ def quantize_rows_fwd(x: Tensor) -> tuple[Tensor, Tensor]:
     return q, scale
 
 
-def float8_linear_fwd(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, gelu: str = ""
-) -> Tensor:
+def float8_linear_fwd(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, gelu: str = "") -> Tensor:
     """See `fastbert.ops.float8_linear`."""
     q, scale = quantize_rows_fwd(x)
     return _launch(q, weight, bias, None, gelu, False, x.dtype, (scale, weight_scale))[0]

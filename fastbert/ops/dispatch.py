@@ -103,6 +103,15 @@ def can_look(x: torch.Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def check_devices(**tensors: torch.Tensor | None) -> None:
+    """Raise ValueError, naming both, unless all tensors are on one device: a kernel would read another one's memory."""
+    there = {name: t.device for name, t in tensors.items() if t is not None}
+    first = next(iter(there))
+    for name, device in there.items():
+        if device != there[first]:
+            raise ValueError(f"{first} is on {there[first]} but {name} is on {device}: move one of them")
+
+
 def has(backend: str, op: str, device_type: str, dtype: torch.dtype) -> bool:
     """Whether a backend computes `op` on this device and dtype; the reference computes everything."""
     return backend == REFERENCE or _module(backend).supports(op, device_type, dtype)
