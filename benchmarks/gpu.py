@@ -297,29 +297,18 @@ def memory_bound(report: Report) -> Iterator[None]:
     T = at.tokens * (1 if at.dry else 4)
     for D in (at.config.hidden_size, at.large.hidden_size):
         x, residual, dy = (tensors(at, T, D) for _ in range(3))
-        w, b = tensors(at, D), tensors(at, D)
-
-        def plain(x: torch.Tensor, r: torch.Tensor, w: torch.Tensor = w, b: torch.Tensor = b) -> torch.Tensor:
-            return F.layer_norm(x + r, w.shape, w, b, 1e-12)
-
-        runs: dict[str, Run] = {
-            "fastbert": forced(partial(ops.add_layer_norm, x, residual, w, b), at),
-            "torch": partial(plain, x, residual),
-        }
+        leaves = [t.detach().requires_grad_() for t in (x, residual, tensors(at, D), tensors(at, D))]
+        run = partial(ops.add_layer_norm, *leaves)
+        variants: dict[str, Run] = {"fastbert": forced(run, at), "torch": partial(_add_layer_norm, *leaves)}
         if not at.dry:
-            runs["torch.compile"] = partial(torch.compile(plain), x, residual)
+            variants["torch.compile"] = partial(torch.compile(_add_layer_norm), *leaves)
         with torch.no_grad():
-            good = checked("add_layer_norm", at, runs, plain(x, residual))
+            good = checked("add_layer_norm", at, variants, variants["torch"]())
             report.add("add_layer_norm", f"T{T}_D{D}", "forward", good, 3 * x.nbytes, 0)
-        leaves = [t.detach().requires_grad_() for t in (x, residual, w, b)]
-        runs = {
-            "fastbert": forced(lambda leaves=leaves: _backward(ops.add_layer_norm, leaves, dy), at),
-            "torch": lambda leaves=leaves: _backward(
-                lambda x, r, w, b: F.layer_norm(x + r, w.shape, w, b, 1e-12), leaves, dy
-            ),
-        }
-        good = checked("add_layer_norm", at, runs, runs["torch"]())
-        report.add("add_layer_norm", f"T{T}_D{D}", "training", good, 7 * x.nbytes, 0)
+        both: dict[str, Run] = {name: partial(_both, variant, leaves, dy) for name, variant in variants.items()}
+        both["fastbert"] = forced(both["fastbert"], at)
+        good = checked("add_layer_norm", at, both, both["torch"]())
+        report.add("add_layer_norm", f"T{T}_D{D}", "training", good, 8 * x.nbytes, 0)
         yield
     inner, bias = tensors(at, at.tokens, at.config.intermediate_size), tensors(at, at.config.intermediate_size)
     with torch.no_grad():
@@ -332,8 +321,13 @@ def memory_bound(report: Report) -> Iterator[None]:
     yield
 
 
-def _backward(function: Callable[..., torch.Tensor], leaves: list[torch.Tensor], dy: torch.Tensor) -> torch.Tensor:
-    return torch.autograd.grad(function(*leaves), leaves, dy)[0]
+def _add_layer_norm(x: torch.Tensor, residual: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return F.layer_norm(x + residual, w.shape, w, b, 1e-12)
+
+
+def _both(run: Run, leaves: list[torch.Tensor], dy: torch.Tensor) -> torch.Tensor:
+    """Forward and backward; dx."""
+    return torch.autograd.grad(run(), leaves, dy)[0]
 
 
 def epilogues(report: Report) -> Iterator[None]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -138,7 +138,7 @@ def today() -> str:
     return date.today().isoformat()
 
 
-def console() -> Console:
+def console() -> Any:
     """The terminal; in a pipe wide enough for a table."""
     from rich.console import Console  # here, as a GPU machine may have torch alone
 

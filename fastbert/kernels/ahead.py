@@ -30,6 +30,7 @@ from fastbert.kernels.attention import (
 )
 from fastbert.kernels.cross_entropy import cross_entropy_bwd, cross_entropy_fwd
 from fastbert.kernels.embed import embed_bwd, embed_fwd
+from fastbert.kernels.gelu import gelu_bwd, gelu_fwd
 from fastbert.kernels.linear import (
     FLOAT8,
     Rows,
@@ -39,7 +40,6 @@ from fastbert.kernels.linear import (
     linear_rows_fwd,
     norm_linear_fwd,
 )
-from fastbert.kernels.gelu import gelu_bwd, gelu_fwd
 from fastbert.kernels.pool import pool_bwd, pool_fwd
 
 ARCHITECTURES = (80, 90)

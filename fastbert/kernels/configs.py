@@ -59,8 +59,8 @@ POOL_TILE = Tile(8, 128, 4)
 CROSS_ENTROPY_TILE = Tile(1, 4096, 8)
 
 
-# 128 registers let four programs of 128 threads share a multiprocessor. Triton 3.6 needs 130 left alone and keeps to 128
-# without a spill; 3.9 would spill 8 to 104 bytes (2026-11-27, ahead of time, sm_90).
+# 128 registers let four programs of 128 threads share a multiprocessor. Triton 3.6 needs 130 left alone, and keeps to
+# 128 without a spill; 3.9 would spill 8 to 104 bytes (2026-11-27, ahead of time, sm_90).
 _FOUR_PROGRAMS = 128 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9) else None
 
 

@@ -1,4 +1,4 @@
-"""`python -m fastbert.ops`: which backend computes each op, by device and dtype; `--memory`: what training keeps of it."""
+"""`python -m fastbert.ops`: which backend computes each op; `--memory`: what training keeps of each."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastbert.ops.dispatch import backend_for, check_devices, can_look
+from fastbert.ops.dispatch import backend_for, can_look, check_devices
 from fastbert.ops.dropout import Seed, check_dropout, dropout_keep
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fastbert.ops.dispatch import backend_for, check_devices, can_look
+from fastbert.ops.dispatch import backend_for, can_look, check_devices
 
 
 def cross_entropy_ref(

@@ -124,8 +124,8 @@ def chosen(op: str, device_type: str, dtype: torch.dtype) -> str:
 
 
 def fused(op: str, x: torch.Tensor) -> ModuleType | None:
-    """The backend in force if it computes `op`, a composition of other ops, in one kernel, else None: the parts are then
-    computed one by one, whatever is forced."""
+    """The backend in force if it computes `op`, a composition of other ops, in one kernel, else None: the parts are
+    then computed one by one, whatever is forced."""
     names = DEFAULT.get(x.device.type, ()) if forced_backend() is None else (forced_backend(),)
     for name in names:
         if name != REFERENCE and _module(str(name)).supports(op, x.device.type, x.dtype):
@@ -134,6 +134,6 @@ def fused(op: str, x: torch.Tensor) -> ModuleType | None:
 
 
 def capturable(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether kernels compute all of an encoder's ops: the reference of attention looks at lengths, on the host, which a
-    CUDA graph cannot."""
+    """Whether kernels compute all of an encoder's ops: the reference of attention looks at lengths, on the host, which
+    a CUDA graph cannot."""
     return all(_choose(op, device_type, dtype, forced_backend()) for op in ("embed", "attention", "add_layer_norm"))

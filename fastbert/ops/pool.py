@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fastbert.ops.dispatch import backend_for, check_devices, can_look
+from fastbert.ops.dispatch import backend_for, can_look, check_devices
 
 MODES = ("cls", "lasttoken", "max", "mean", "mean_sqrt_len_tokens", "weightedmean")
 
