@@ -23,6 +23,7 @@ from fastbert.ops.float8_linear import float8_linear_ref, quantize_rows_float8
 from fastbert.packing import PackedBatch, pack
 
 BACKEND = "triton"
+NEED_KERNELS = ("fused", "torch._scaled_mm")
 OURS = ("fastbert", "fused", "float8")
 Run = Callable[[], Any]
 
@@ -183,11 +184,14 @@ def tensors(at: Setting, *shape: int) -> torch.Tensor:
 def checked(name: str, at: Setting, runs: dict[str, Run], right: torch.Tensor) -> dict[str, Run]:
     """The variants that run here and give what `right` says; the others are named with the reason."""
     good = {}
+    if not has_kernels(at):  # called by name, without a choice of the backend
+        runs = {variant: run for variant, run in runs.items() if variant not in NEED_KERNELS}
     for variant, run in runs.items():
         try:
             found = run()
         except (RuntimeError, ImportError, NotImplementedError, TypeError, ValueError, AssertionError) as error:
-            print(f"{name}: {variant} does not run here: {str(error).splitlines()[0][:150] if str(error) else error!r}")
+            reason = str(error).splitlines() or [type(error).__name__]
+            print(f"{name}: {variant} does not run here: {reason[0][:150]}")
             continue
         error = (found.float() - right.float()).abs().max().item() / right.float().abs().max().item()
         if error < (1e-4 if at.dtype == torch.float32 else 0.05):
@@ -197,11 +201,16 @@ def checked(name: str, at: Setting, runs: dict[str, Run], right: torch.Tensor) -
     return good
 
 
+def has_kernels(at: Setting) -> bool:
+    """Whether our kernels run here."""
+    return dispatch.has(BACKEND, "attention", at.device, at.dtype)
+
+
 def forced(run: Run, at: Setting) -> Run:
     """On our kernels (on a CPU without them: on what is there)."""
 
     def call() -> Any:
-        with ops.use_backend(BACKEND if dispatch.has(BACKEND, "attention", at.device, at.dtype) else "reference"):
+        with ops.use_backend(BACKEND if has_kernels(at) else "reference"):
             return run()
 
     return call
