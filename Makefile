@@ -4,9 +4,10 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+GPU_TESTS := $(addprefix tests/test_,ops.py kernels.py linear.py cuda_engine.py)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 
-.PHONY: help demo build check test test-gpu bench size clean
+.PHONY: help demo build check test test-gpu bench bench-gpu size clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -23,8 +24,16 @@ check: .venv/.dev  ## lint, types, house rules: seconds
 test: .venv/.test .venv/.weights  ## the whole suite
 	@$(BIN)/python -m pytest -n auto
 
-test-gpu: .venv/.test .venv/.weights  ## the tests that need a CUDA device
-	@$(BIN)/python -m pytest -m gpu
+test-gpu:  ## kernels, engine and CUDA part, compiled, in fp32, fp16 and bf16: needs only torch, triton and pytest
+	@$(PYTHON) setup.py -q build_ext --inplace || echo "no native extension: its tests are skipped"
+	@$(PYTHON) -m pytest -o addopts= -q --strict-markers -p no:cacheprovider $(GPU_TESTS) $(wildcard tests/test_cuda.py)
+	@if command -v compute-sanitizer >/dev/null && test -f tests/test_cuda.py; then \
+	  compute-sanitizer --error-exitcode 9 $(PYTHON) -m pytest -o addopts= -q -p no:cacheprovider tests/test_cuda.py; \
+	else echo "compute-sanitizer or the CUDA part is not here: not run"; fi
+
+bench-gpu:  ## ops and models against every peer on this GPU, at most 9 minutes; rows to benchmarks/results
+	@$(PYTHON) setup.py -q build_ext --inplace || echo "no native extension"
+	@$(PYTHON) -m benchmarks.gpu
 
 bench: .venv/.bench .venv/.weights  ## ops, and encoders beside all peers: table, figures and page in bench-report/
 	@$(BIN)/fastbert bench

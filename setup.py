@@ -4,6 +4,7 @@ FASTBERT_NATIVE=0 leaves the extension out, FASTBERT_CUDA=0 its CUDA part; FASTB
 with the address and undefined sanitizers.
 """
 
+import importlib.util
 import os
 import platform
 import shlex
@@ -65,19 +66,31 @@ def compile_one(source: Path, target: Path, compiler: list[str]) -> None:
         target.with_suffix(".cmd").write_text(shlex.join(command))
 
 
+def pybind11_include() -> Path:
+    """Its headers; a machine without the package may have torch, which carries them."""
+    for package, folder in (("pybind11", "include"), ("torch", "include")):
+        found = importlib.util.find_spec(package)
+        if (
+            found is not None
+            and found.origin is not None
+            and (Path(found.origin).parent / folder / "pybind11").exists()
+        ):
+            return Path(found.origin).parent / folder
+    sys.exit("fastbert: pybind11 not found: `pip install pybind11`")
+
+
 class BuildNative(build_ext):
     """One object per source and instruction set, compiled in parallel and kept in build/ between builds."""
 
     def build_extension(self, ext: Extension) -> None:
-        import pybind11
-
         candidates = [os.environ["CXX"]] if "CXX" in os.environ else ["c++", "g++", "clang++"]
         cxx = next((c.split() for c in candidates if shutil.which(c.split()[0])), None)
         if cxx is None:
-            sys.exit(f"fastbert: {' or '.join(candidates)} not found. Install a C++17 compiler with OpenMP or set FASTBERT_NATIVE=0.")
+            names = " or ".join(candidates)
+            sys.exit(f"fastbert: {names} not found. Install a C++17 compiler with OpenMP or set FASTBERT_NATIVE=0.")
         wanted = os.environ.get("FASTBERT_CUDA", "1") != "0" and not SANITIZE
         nvcc = shutil.which("nvcc") if wanted else None
-        includes = [f"-I{CSRC}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+        includes = [f"-I{CSRC}", f"-I{pybind11_include()}", f"-I{sysconfig.get_path('include')}"]
         base = [*cxx, *CXXFLAGS, *WARNINGS, *SANITIZE, *includes]
         jobs = [(s, s.stem, base) for s in sorted(CSRC.glob("*.cpp")) if nvcc or s.stem != "bindings_cuda"]
         if nvcc:  # only the module's own file asks whether there is CUDA
@@ -87,7 +100,8 @@ class BuildNative(build_ext):
             sources = sorted((CSRC / "cpu").glob("encoder.cpp" if isa in ENCODER_ONLY else "*.cpp"))
             jobs += [(s, f"{s.stem}-{isa}", per_isa) for s in sources]
         if nvcc:
-            jobs += [(s, f"{s.stem}-cuda", [nvcc, *NVCCFLAGS, f"-I{CSRC}"]) for s in sorted((CSRC / "cuda").glob("*.cu"))]
+            device = [nvcc, *NVCCFLAGS, f"-I{CSRC}"]
+            jobs += [(s, f"{s.stem}-cuda", device) for s in sorted((CSRC / "cuda").glob("*.cu"))]
 
         folder = Path("build") / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         folder.mkdir(parents=True, exist_ok=True)

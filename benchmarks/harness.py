@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 
 COMMITTED = Path(__file__).parent / "results"
 # `python -m benchmarks --out` sends the rows of its suites elsewhere.
@@ -202,6 +201,8 @@ def today() -> str:
     return date.today().isoformat()
 
 
-def console() -> Console:
+def console() -> Any:
     """The terminal; in a pipe wide enough for a table."""
+    from rich.console import Console  # here, as a GPU machine may have torch alone
+
     return Console(width=None if sys.stdout.isatty() else 140)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import encoder, harness, ops, peers, report
+from benchmarks import encoder, gpu, harness, ops, peers, report
 from benchmarks.texts import WORDS, real_texts
 from fastbert import Embedder, testing
 
@@ -109,3 +109,48 @@ def test_what_is_missing_is_named_with_the_line_that_installs_it(monkeypatch, ca
     assert peers.reason_against(peers.PEERS["transformers-bf16"]) == peers.NO_BFLOAT16
     with pytest.raises(SystemExit, match="no provider 'onnxruntim'; there are fastbert, "):
         dict(encoder.providers("unused", ["onnxruntim"]))
+
+
+# The GPU's benchmark, on the CPU: its first minute on a GPU must measure.
+
+
+def test_every_step_of_the_gpu_benchmark(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(gpu, "correct", lambda at: None)  # test_kernels.py runs those cases
+    gpu.main(["--dry-run"])
+    out = capsys.readouterr().out
+    (path,) = tmp_path.glob("gpu-*-dry-run.csv")
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    measured = {(row["op"], row["mode"]) for row in rows}
+    assert {("attention", "forward"), ("attention", "training"), ("add_layer_norm", "training")} <= measured
+    assert {("gelu", "forward"), ("bert-base", "forward"), ("bert-large", "forward")} <= measured
+    assert {("bert-base mlm", "training"), ("linear_gelu", "forward"), ("float8_linear", "forward")} <= measured
+    assert "fastbert" in {row["backend"] for row in rows}
+    assert len(list(tmp_path.glob("gpu-*-peak.csv"))) == 1
+    assert "is wrong" not in out
+    for section in gpu.SECTIONS:
+        assert f"\n{section}: " in out
+
+
+def test_the_gpu_benchmark_keeps_to_its_box(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(gpu, "correct", lambda at: None)
+    gpu.main(["--dry-run", "--only", "attention", "--seconds", "0"])
+    assert "out of time: the rest is not measured" in capsys.readouterr().out
+    gpu.main(["--dry-run", "--only", "attention,memory", "--total", "-1"])
+    assert "memory: out of time, not measured (--only memory)" in capsys.readouterr().out
+
+
+def test_a_wrong_variant_gets_no_number(capsys):
+    at = gpu.setting(True, "bfloat16", 1)
+    right = torch.ones(3)
+
+    def absent():
+        raise NotImplementedError("no such kernel")
+
+    runs = {"right": lambda: right, "wrong": lambda: 1.01 * right, "absent": absent}
+    assert list(gpu.checked("op", at, runs, right)) == ["right"]
+    out = capsys.readouterr().out
+    assert "wrong is wrong" in out
+    assert "absent does not run here: no such kernel" in out

@@ -13,8 +13,8 @@ import torch
 
 import fastbert
 from fastbert import kernels, native, use_backend
-from fastbert.engine import choice, cuda, use_engine
 from fastbert.embedder import resolve_dtype
+from fastbert.engine import choice, cuda, use_engine
 from fastbert.models.encoder import EncoderModel
 from fastbert.models.quantize import loaded_dtype, quantize_float8, quantize_int8
 from fastbert.packing import PackedBatch, pack
@@ -262,7 +262,7 @@ def test_float8_weights():
     assert 1e-4 < error < 0.2, error
     with pytest.raises(ValueError, match="already in int8 or float8"):
         quantize_float8(model)
-    with pytest.raises(ValueError, match="GPUs of compute capability 8.9 or newer"):
+    with pytest.raises(ValueError, match=r"GPUs of compute capability 8\.9 or newer"):
         resolve_dtype("float8", torch.device("cpu"))
     assert (loaded_dtype("float8"), loaded_dtype("float16")) == ("bfloat16", "float16")
 
@@ -318,5 +318,5 @@ def test_streams_take_turns():
 
 def test_which_backend_this_was():
     """So that the interpreter's run of this file is one."""
-    assert BACKEND == ("triton" if os.environ.get("TRITON_INTERPRET") == "1" else "native")
+    assert ("triton" if os.environ.get("TRITON_INTERPRET") == "1" else "native") == BACKEND
     assert choice._ENGINES["cuda"] is cuda

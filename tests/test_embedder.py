@@ -756,6 +756,6 @@ def test_quantising_swaps_all_and_spares_qkv(build, tmp_path):
         assert embedder.model.execution_plan().startswith("cpu engine: int8 with ")
     with pytest.raises(ValueError, match="already in int8"):
         quantize_int8(embedder.model)
-    with pytest.raises(ValueError, match="an int8 model cannot be saved"):
+    with pytest.raises(ValueError, match="an int8 or float8 model cannot be saved"):
         embedder.save_pretrained(tmp_path / "never")
     assert not (tmp_path / "never").exists()

@@ -41,9 +41,18 @@ def test_grid_and_mutants_in_the_interpreter():
     """Large cases run in fp16 alone: they take most of the time, and what they add (12 heads of 64, thousands of
     features) does not depend on the dtype."""
     here = Path(__file__).parent
-    keep = "(triton-cpu and not (float32 and (bert_base or mpnet_base))) or test_kernels or test_cuda_engine or test_linear"
+    names = ("ops", "kernels", "cuda_engine", "linear")
+    keep = "(triton-cpu and not (float32 and (bert_base or mpnet_base))) or "
+    keep += " or ".join(f"test_{name}" for name in names[1:])
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-k", keep, *(here / f"test_{name}.py" for name in ("ops", "kernels", "cuda_engine", "linear"))],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-k",
+            keep,
+            *(here / f"test_{name}.py" for name in names),
+        ],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         cwd=here.parent,
         capture_output=True,
@@ -150,7 +159,40 @@ def test_labels_outside_the_vocabulary_give_nan():
     assert losses.isnan().tolist() == [False, True, True, False]
 
 
+@interpreted
+@pytest.mark.parametrize("op", OPS)
+def test_no_tokens_at_all(op):
+    """T = 0 is a batch like another: empty results, gradients of parameters that are zero."""
+    case = next(c for c in testing.CASES if c.op == op and c.name.startswith(("ragged", "one_t")))
+    inputs = case.inputs(torch.float32)
+    rows = ("x", "residual", "input_ids", "position_ids", "type_ids", "qkv", "hidden", "logits", "labels")
+    for name in set(rows) & set(inputs):
+        if inputs[name] is not None and inputs[name].shape[0] > 0:
+            empty = inputs[name].detach()[:0]
+            inputs[name] = empty.requires_grad_() if empty.is_floating_point() else empty
+    if "cu_seqlens" in inputs:
+        inputs["cu_seqlens"] = torch.zeros(3, dtype=torch.int32)
+    if op == "cross_entropy":
+        inputs["reduction"] = "sum"
+    with ops.use_backend("triton"):
+        found = testing.forward_backward(testing.PUBLIC[op], inputs)
+    for key, value in found.items():
+        assert value.isfinite().all(), key
+        assert not value.any(), key
+
+
 # Errors.
+
+
+def test_tensors_on_two_devices_are_named():
+    """A kernel would follow a pointer into another device's memory."""
+    for case in testing.CASES:
+        if case.name.startswith(("ragged", "one_t")):
+            inputs = case.inputs(torch.float32)
+            names = [n for n in ("bias", "residual", "position_ids", "cu_seqlens", "labels") if n in inputs]
+            inputs[names[0]] = inputs[names[0]].to("meta")
+            with pytest.raises(ValueError, match=f"is on cpu but {names[0]} is on meta"):
+                testing.PUBLIC[case.op](**inputs)
 
 
 def test_sizes_past_the_register_file_are_named():
@@ -209,7 +251,9 @@ def _check(kernel: ahead.Compiled) -> None:
         small = kernel.kernel == "attention_dq" and "rel_bias" in kernel.call  # tiles of 32 rows: wgmma needs 64
         meant = "wgmma" if kernel.architecture >= 90 and not small else "mma"
         assert kernel.matrix_instruction == meant, f"{what} multiplies with {kernel.matrix_instruction}, not {meant}"
-        assert kernel.shared <= (160 if kernel.architecture >= 90 else 99) * 1024, f"{what} takes {kernel.shared} bytes of shared memory"
+        assert kernel.shared <= (160 if kernel.architecture >= 90 else 99) * 1024, (
+            f"{what} takes {kernel.shared} bytes of shared memory"
+        )
 
 
 @compiled

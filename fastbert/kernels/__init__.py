@@ -18,7 +18,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _FILES = {op: op for op in ("embed", "attention", "add_layer_norm", "gelu", "pool", "cross_entropy")}
 _FILES["attention_rel_bias"] = "attention"
 _EPILOGUES = ("linear_gelu", "linear_add")
-_FILES |= dict.fromkeys((*_EPILOGUES, "float8_linear"), "linear")
+_FILES |= dict.fromkeys((*_EPILOGUES, "float8_linear", "quantize_rows"), "linear")
 _RANGES = ("fill_ranges", "given_ranges")
 _OLDEST = (8, 0)  # Ampere: bf16 tensor cores and asynchronous copies
 _OLDEST_FLOAT8 = (8, 9)
@@ -41,7 +41,7 @@ def _too_old() -> bool:
 
 def supports(op: str, device_type: str, dtype: torch.dtype) -> bool:
     """Whether this backend computes `op` on that device and dtype."""
-    if op not in _FILES or dtype not in DTYPES or not available():
+    if op not in _FILES or op == "quantize_rows" or dtype not in DTYPES or not available():
         return False
     if device_type == "cpu":  # the interpreter multiplies the raw bits of bf16
         return interpreted() and dtype != torch.bfloat16

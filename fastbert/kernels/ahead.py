@@ -6,6 +6,7 @@ records each launch instead of compiling it. So what is compiled is what the cal
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import tempfile
@@ -29,6 +30,7 @@ from fastbert.kernels.attention import (
 )
 from fastbert.kernels.cross_entropy import cross_entropy_bwd, cross_entropy_fwd
 from fastbert.kernels.embed import embed_bwd, embed_fwd
+from fastbert.kernels.gelu import gelu_bwd, gelu_fwd
 from fastbert.kernels.linear import (
     FLOAT8,
     Rows,
@@ -38,7 +40,6 @@ from fastbert.kernels.linear import (
     linear_rows_fwd,
     norm_linear_fwd,
 )
-from fastbert.kernels.gelu import gelu_bwd, gelu_fwd
 from fastbert.kernels.pool import pool_bwd, pool_fwd
 
 ARCHITECTURES = (80, 90)
@@ -163,7 +164,8 @@ def _recording(architecture: int) -> Iterator[list[dict[str, Any]]]:
 def _compile(call: str, architecture: int, launch: dict[str, Any]) -> Compiled:
     kernel, spec = launch["fn"].jit_function, launch["compile"]
     source = ASTSource(kernel, spec["signature"], spec["constants"], spec["configs"][0])
-    options = {name: spec[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
+    given = json.loads(spec["specialization_data"])["options"]
+    options = {name: given[name] for name in ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")}
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"

@@ -1,8 +1,8 @@
 """Linear layers with their epilogues in one kernel: GELU, the residual, row statistics, and the layer norm before.
 
-y = f(x W^T + b) + r, with fp32 sums. A norm folds in as LN(z) W^T + b = (z (gamma W)^T - mean u) / std + (b + W beta) with
-u = (gamma W) 1: the GEMM that makes z leaves each row's sum and sum of squares about its mean, tile by tile, and the next
-one applies them to its own sums (and to a residual that is LN(z)). So z is written once and never normalised in memory.
+y = f(x W^T + b) + r, with fp32 sums. A norm folds in as LN(z) W^T + b = (z (gamma W)^T - mean u) / std + (b + W beta)
+with u = (gamma W) 1: the GEMM that makes z leaves each row's sum and sum of squares about its mean, tile by tile, and
+the next one applies them to its own sums (and to a residual that is LN(z)). z is never normalised in memory.
 """
 
 from __future__ import annotations
@@ -199,9 +199,7 @@ def quantize_rows_fwd(x: Tensor) -> tuple[Tensor, Tensor]:
     return q, scale
 
 
-def float8_linear_fwd(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, gelu: str = ""
-) -> Tensor:
+def float8_linear_fwd(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, gelu: str = "") -> Tensor:
     """See `fastbert.ops.float8_linear`."""
     q, scale = quantize_rows_fwd(x)
     return _launch(q, weight, bias, None, gelu, False, x.dtype, (scale, weight_scale))[0]

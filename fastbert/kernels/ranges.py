@@ -35,8 +35,8 @@ def _ranges_kernel(cu_seqlens, ranges, T, S, BLOCK: tl.constexpr):
 
 
 def fill_ranges(cu_seqlens: Tensor, ranges: Tensor) -> Tensor:
-    """Write the ranges of a batch into contiguous (2, T). Tokens after the last sequence see none: their outputs and gradients
-    are zeros, so that a batch may be a bucket of a fixed T."""
+    """Write the ranges of a batch into contiguous (2, T). Tokens after the last sequence see none: their outputs and
+    gradients are zeros, so that a batch may be a bucket of a fixed T."""
     T, S = ranges.shape[1], cu_seqlens.numel() - 1
     _ranges_kernel[(S + 1,)](cu_seqlens.contiguous(), ranges, T, S, RANGES_TILE.cols, **RANGES_TILE.options())
     return ranges

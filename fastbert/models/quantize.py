@@ -1,4 +1,4 @@
-"""Trained models to 8-bit inference: swaps linear layers for int8 or float8 ones. It trains nothing and calibrates nothing."""
+"""Trained models to 8-bit inference: swaps linear layers for int8 or float8 ones. It trains and calibrates nothing."""
 
 from __future__ import annotations
 

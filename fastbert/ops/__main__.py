@@ -1,12 +1,15 @@
-"""`python -m fastbert.ops`: which backend computes each op, by device and dtype."""
+"""`python -m fastbert.ops`: which backend computes each op; `--memory`: what training keeps of each."""
 
 from __future__ import annotations
+
+import argparse
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from fastbert.ops import OPS, dispatch
+from fastbert.ops.memory import training_memory
 
 _INTEGER_OPS = {"plan_mask": torch.bool, "plan_batches": torch.int64, "plan_concat": torch.int64}
 
@@ -33,5 +36,17 @@ def table() -> Table:
     return grid
 
 
+def memory() -> Table:
+    """Activations that each op saves for backward at BERT-base's sizes, T = 128."""
+    grid = Table(title="saved for backward, bfloat16, BERT-base, T = 128")
+    for column in ("op", "saved", "bytes a token", "computed again"):
+        grid.add_column(column)
+    for row in training_memory():
+        grid.add_row(row.op, "\n".join(row.tensors), f"{row.bytes_per_token:,.0f}", row.recomputed)
+    return grid
+
+
 if __name__ == "__main__":
-    Console().print(table())
+    parser = argparse.ArgumentParser(prog="python -m fastbert.ops", description=__doc__)
+    parser.add_argument("--memory", action="store_true", help="what autograd saves of each op")
+    Console().print(memory() if parser.parse_args().memory else table())

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fastbert.ops.dispatch import backend_for
+from fastbert.ops.dispatch import backend_for, check_devices
 from fastbert.ops.dropout import Seed, check_dropout, dropout_ref
 
 
@@ -91,6 +91,7 @@ def add_layer_norm(
         raise ValueError(f"residual has shape {tuple(residual.shape)} but x has {tuple(x.shape)}")
     check_dropout(dropout_p)
     same_dtype = residual is None or residual.dtype == x.dtype
+    check_devices(x=x, residual=residual, weight=weight, bias=bias)
     backend = backend_for("add_layer_norm", x) if same_dtype and weight.dtype == x.dtype else None
     if backend is None:
         return add_layer_norm_ref(x, residual, weight, bias, eps, dropout_p, seed)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastbert.ops.dispatch import backend_for, can_look
+from fastbert.ops.dispatch import backend_for, can_look, check_devices
 from fastbert.ops.dropout import Seed, check_dropout, dropout_keep
 
 
@@ -170,6 +170,7 @@ def attention(
             f"rel_bias must have shape (H, 2R - 1), an odd number of offsets, got {tuple(rel_bias.shape)} "
             f"for qkv with {qkv.shape[2]} heads"
         )
+    check_devices(qkv=qkv, cu_seqlens=cu_seqlens, rel_bias=rel_bias)
     check_dropout(dropout_p)
     backend = backend_for("attention" if rel_bias is None else "attention_rel_bias", qkv)
     if backend is None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fastbert.ops.dispatch import backend_for, can_look
+from fastbert.ops.dispatch import backend_for, can_look, check_devices
 
 
 def cross_entropy_ref(
@@ -67,6 +67,7 @@ def cross_entropy(
                 f"label {int(labels[wrong][0])} is outside the {logits.shape[1]} classes "
                 f"and is not ignore_index={ignore_index}"
             )
+    check_devices(logits=logits, labels=labels)
     backend = backend_for("cross_entropy", logits)
     if backend is None:
         return cross_entropy_ref(logits, labels, ignore_index, reduction)

@@ -104,6 +104,15 @@ def can_look(x: torch.Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def check_devices(**tensors: torch.Tensor | None) -> None:
+    """Raise ValueError, naming both, unless all tensors are on one device: a kernel would read another one's memory."""
+    there = {name: t.device for name, t in tensors.items() if t is not None}
+    first = next(iter(there))
+    for name, device in there.items():
+        if device != there[first]:
+            raise ValueError(f"{first} is on {there[first]} but {name} is on {device}: move one of them")
+
+
 def has(backend: str, op: str, device_type: str, dtype: torch.dtype) -> bool:
     """Whether a backend computes `op` on this device and dtype; the reference computes everything."""
     return backend == REFERENCE or _module(backend, device_type).supports(op, device_type, dtype)
@@ -116,8 +125,8 @@ def chosen(op: str, device_type: str, dtype: torch.dtype) -> str:
 
 
 def fused(op: str, x: torch.Tensor) -> ModuleType | None:
-    """The backend in force if it computes `op`, a composition of other ops, in one kernel, else None: the parts are then
-    computed one by one, whatever is forced."""
+    """The backend in force if it computes `op`, a composition of other ops, in one kernel, else None: the parts are
+    then computed one by one, whatever is forced."""
     names = DEFAULT.get(x.device.type, ()) if forced_backend() is None else (forced_backend(),)
     for name in names:
         if name is not None and has(name, op, x.device.type, x.dtype) and name != REFERENCE:
@@ -126,6 +135,6 @@ def fused(op: str, x: torch.Tensor) -> ModuleType | None:
 
 
 def capturable(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether kernels compute all of an encoder's ops: the reference of attention looks at lengths, on the host, which a
-    CUDA graph cannot."""
+    """Whether kernels compute all of an encoder's ops: the reference of attention looks at lengths, on the host, which
+    a CUDA graph cannot."""
     return all(_choose(op, device_type, dtype, forced_backend()) for op in ("embed", "attention", "add_layer_norm"))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fastbert.ops.dispatch import backend_for, can_look
+from fastbert.ops.dispatch import backend_for, can_look, check_devices
 from fastbert.ops.dropout import Seed, check_dropout, dropout_ref
 
 
@@ -122,6 +122,9 @@ def embed(
     dtypes = {t.dtype for t in (word, position, token_type) if t is not None}
     if len(dtypes) > 1:
         raise ValueError(f"the embedding tables must have one dtype, got {', '.join(sorted(map(str, dtypes)))}")
+    check_devices(
+        word=word, input_ids=input_ids, position_ids=position_ids, type_ids=type_ids, weight=weight, bias=bias
+    )
     check_ids("input_ids", input_ids, word)
     check_ids("position_ids", position_ids, position)
     if type_ids is not None and token_type is not None:

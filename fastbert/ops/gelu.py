@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fastbert.ops.dispatch import backend_for
+from fastbert.ops.dispatch import backend_for, check_devices
 
 FORMS = ("none", "tanh")
 
@@ -53,6 +53,7 @@ def gelu(x: torch.Tensor, bias: torch.Tensor | None = None, approximate: str = "
         raise ValueError(f"approximate must be one of {FORMS}, got {approximate!r}")
     if bias is not None and bias.shape != x.shape[-1:]:
         raise ValueError(f"bias has shape {tuple(bias.shape)} but x has {x.shape[-1]} features")
+    check_devices(x=x, bias=bias)
     backend = backend_for("gelu", x)
     if backend is None:
         return gelu_ref(x, bias, approximate)

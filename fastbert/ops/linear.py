@@ -22,9 +22,7 @@ def linear_gelu_ref(
     return F.gelu(z, approximate=approximate).to(x.dtype)
 
 
-def linear_add_ref(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor
-) -> torch.Tensor:
+def linear_add_ref(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     """The specification; one rounding."""
     wide = torch.promote_types(x.dtype, torch.float32)
     return (F.linear(x.to(wide), weight.to(wide), bias.to(wide)) + residual.to(wide)).to(x.dtype)
@@ -41,9 +39,7 @@ def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> None:
         raise RuntimeError("a fused linear layer has no backward: call it under torch.no_grad()")
 
 
-def linear_gelu(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, approximate: str = "none"
-) -> torch.Tensor:
+def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, approximate: str = "none") -> torch.Tensor:
     """`gelu(F.linear(x, weight, bias))` of a feed-forward layer.
 
     Args:

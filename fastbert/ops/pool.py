@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fastbert.ops.dispatch import backend_for, can_look
+from fastbert.ops.dispatch import backend_for, can_look, check_devices
 
 MODES = ("cls", "lasttoken", "max", "mean", "mean_sqrt_len_tokens", "weightedmean")
 
@@ -82,6 +82,7 @@ def pool(hidden: torch.Tensor, cu_seqlens: torch.Tensor, mode: str = "mean") -> 
         raise ValueError(f"unknown pooling mode {mode!r}; the modes are {', '.join(MODES)}")
     if can_look(cu_seqlens) and int(cu_seqlens[-1]) != hidden.shape[0]:
         raise ValueError(f"cu_seqlens ends at {int(cu_seqlens[-1])} but hidden has {hidden.shape[0]} tokens")
+    check_devices(hidden=hidden, cu_seqlens=cu_seqlens)
     backend = backend_for("pool", hidden)
     if backend is None:
         return pool_ref(hidden, cu_seqlens, mode)
