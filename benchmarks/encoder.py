@@ -187,7 +187,7 @@ class Bench:
         weights = layers * (4 * D * D + 2 * D * F)
         flop = 2 * weights * tokens + 4 * layers * D * squares
         turns = {name: partial(self.encoders[name], texts) for name in cosines}
-        times = harness.interleave(turns, rounds)
+        times = harness.interleave(turns, rounds, warmup=2)
         rows = []
         for name, ms in times.items():
             p50, p20, p80 = harness.percentiles(ms)
@@ -242,7 +242,7 @@ def main() -> None:
     parser.add_argument("--against", help="peers, separated by commas, beside ours and the base")
     parser.add_argument("--quick", action="store_true", help="a few texts once, to see that all works; writes no rows")
     args = parser.parse_args()
-    lengths, batch1_rounds = LENGTHS, 20
+    lengths, batch1_rounds = LENGTHS, 15
     if args.quick:
         args.rounds, args.texts, lengths, batch1_rounds = 2, 24, LENGTHS[::3], 2
     with ExitStack() as stack:

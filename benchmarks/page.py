@@ -27,7 +27,7 @@ METHOD = (
     "slow moment of the machine hits all alike; ratios are taken within a round, then their median over the rounds.",
     "Correctness comes first: vectors are held against the model in fp64, and below a cosine of 0.9995 there is no "
     "row. int8 changes vectors more than that in every library: its rows carry their worst cosine instead.",
-    "Three rounds of warm-up are not counted. Roofs are a copy and the fastest GEMM of torch's, numpy's and our own.",
+    "Two rounds of warm-up are not counted. Roofs are a copy and the fastest GEMM of torch's, numpy's and our own.",
     "“tuned” peers run as their documentation says for throughput, the others as most people run them.",
 )
 COLUMNS = {

@@ -40,7 +40,7 @@ def table(path: Path) -> str:
     return "\n".join(
         [
             f"all-MiniLM-L6-v2, texts to vectors with tokenisation, {first['device']}, {first['threads']} threads, "
-            f"torch {first['torch'].split('+')[0]}, {first['date']}: texts/s, and times {PEER} in fp32 in the same run. "
+            f"torch {first['torch'].split('+')[0]}, {first['date']}: texts/s, and times {PEER} in fp32 in that run. "
             "Columns are texts a call x tokens each; bold is the fastest of its number format.",
             "",
             f"| | {' | '.join(heads)} |",
