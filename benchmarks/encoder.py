@@ -10,6 +10,7 @@ import argparse
 import importlib.util
 import json
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -131,16 +132,14 @@ def padding_percent(name: str, ids: list[list[int]]) -> float:
 
 
 def roomy(folder: Path, length: int, stack: ExitStack) -> Path:
-    """The model's folder, or a copy made of links whose `max_seq_length` leaves room for `length` tokens."""
+    """The model's folder, or a copy whose `max_seq_length` leaves room for `length` tokens."""
     described = read_folder(folder)
     if (described.max_seq_length or length) >= length:
         return folder
     copy = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fastbert-model-")))
-    for path in folder.iterdir():
-        (copy / path.name).symlink_to(path.resolve())
+    shutil.copytree(folder, copy, dirs_exist_ok=True)
     settings = copy / "sentence_bert_config.json"
     told = json.loads(settings.read_text())
-    settings.unlink()
     settings.write_text(json.dumps({**told, "max_seq_length": length}))
     return copy
 
