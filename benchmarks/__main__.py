@@ -72,7 +72,7 @@ def bench(
 
 
 def run(suite: str, options: list[str], out: Path, threads: int | None) -> int:
-    """One suite in a process of its own, so that libraries of another neither slow it nor bring it OpenMP; exit code."""
+    """One suite in a process of its own, apart from the libraries that others load; its exit code."""
     environment = {
         **os.environ,
         "FASTBERT_BENCH_OUT": str(out.resolve()),

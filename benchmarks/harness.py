@@ -32,8 +32,8 @@ class Row:
     """One measurement. Times in ms; `roof` is the percent of the faster of two bounds: bytes / copy, FLOP / GEMM.
 
     `times_base` is how many times as fast as the row's base (the reference of an op, sentence-transformers in fp32) it
-    was: the median over the rounds of that round's ratio, which a slow minute leaves as it is. `samples` are the rounds'
-    ms, for `--compare`. `padding_percent` is the share of computed tokens that were padding.
+    was: the median over the rounds of that round's ratio, which a slow minute leaves as it is. `samples` are the ms of
+    the rounds, for `--compare`. `padding_percent` is the share of computed tokens that were padding.
     """
 
     op: str

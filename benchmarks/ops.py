@@ -102,8 +102,8 @@ def main() -> None:
         table.add_column(column, justify="left" if text else "right", no_wrap=True)
     for r in rows:
         table.add_row(
-            r.op, r.case, r.dtype, r.mode, r.backend, f"{r.ms_p50:.3f} ({r.ms_p20:.3f}, {r.ms_p80:.3f})", f"{r.gb_s:.1f}",
-            f"{r.roof_percent:.0f}", f"{r.times_base:.2f}",
+            r.op, r.case, r.dtype, r.mode, r.backend, f"{r.ms_p50:.3f} ({r.ms_p20:.3f}, {r.ms_p80:.3f})",
+            f"{r.gb_s:.1f}", f"{r.roof_percent:.0f}", f"{r.times_base:.2f}",
         )  # fmt: skip
     harness.console().print(table)
     if args.quick and harness.RESULTS == harness.COMMITTED:

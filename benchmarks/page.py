@@ -27,7 +27,7 @@ METHOD = (
     "slow moment of the machine hits all alike; ratios are taken within a round, then their median over the rounds.",
     "Correctness comes first: vectors are held against the model in fp64, and below a cosine of 0.9995 there is no "
     "row. int8 changes vectors more than that in every library: its rows carry their worst cosine instead.",
-    "A warm-up of three rounds is not counted. Roofs are a copy and the fastest GEMM among torch's, numpy's and our own.",
+    "Two rounds of warm-up are not counted. Roofs are a copy and the fastest GEMM of torch's, numpy's and our own.",
     "“tuned” peers run as their documentation says for throughput, the others as most people run them.",
 )
 COLUMNS = {
@@ -41,7 +41,7 @@ STYLE = """
 @media(prefers-color-scheme:dark){:root{--ink:#e6edf3;--faint:#9198a1;--line:#3d444d;--paper:#15191f;--ours:#ff7a52;
 --soft:#1d232b}}
 body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:1180px;margin:2rem auto;
-padding:0 1rem}h1{margin:0}h2{margin:2.2rem 0 .4rem}figure{margin:0 0 1.2rem}figure img{width:100%}
+padding:0 1rem}h1{margin:0}h2{margin:2.2rem 0 .4rem}figure{margin:0 0 1.2rem}figure img{max-width:100%}
 figcaption,.facts{color:var(--faint)}.scroll{overflow:auto;max-height:75vh;border:1px solid var(--line)}
 table{border-collapse:collapse;font-size:13px;font-variant-numeric:tabular-nums;width:100%}
 td,th{padding:.2rem .55rem;text-align:left;white-space:nowrap;border-bottom:1px solid var(--line)}
@@ -65,7 +65,7 @@ for(const r of body.rows)r.hidden=!words.every(w=>r.textContent.toLowerCase().in
 
 
 def read(folder: Path) -> list[Row]:
-    """Rows of ops and encoders in a folder; of an encoder's texts only those of the newest measurement."""
+    """Rows of ops and encoders in a folder, those with ratios."""
     rows: list[Row] = []
     for path in sorted([*folder.glob("encoder-*.csv"), *folder.glob("ops-*.csv")]):
         with path.open(newline="") as file:
@@ -145,7 +145,8 @@ def render(rows: Sequence[Row], notes: Sequence[str] = ()) -> str:
         "<h2>Not measured</h2>" + _bullets(notes) if notes else "",
         "<h2>All numbers</h2><p>Base: an op's reference in plain PyTorch; sentence-transformers in fp32. A click on a "
         'head sorts.</p><input id="filter" placeholder="filter: e.g. encode int8 length" aria-label="filter rows">',
-        f'<div class="scroll"><table id="rows"><thead><tr>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>',
+        f'<div class="scroll"><table id="rows"><thead><tr>{heads}</tr></thead>',
+        f"<tbody>{''.join(lines)}</tbody></table></div>",
         f"<h2>Method</h2>{_bullets(METHOD)}<script>{SCRIPT}</script></html>",
     ]
     return "\n".join(parts)

@@ -163,7 +163,9 @@ def roofline(rows: Sequence[Row], theme: Mapping[str, str]) -> Figure | None:
                 if r["op"] == "encode" and is_ours(r["backend"]) and r["dtype"] == kind and r["mode"] == mode
                 and float(r["gb_s"])
             ]  # fmt: skip
-            left.scatter(*zip(*points, strict=True), color=colors[kind], marker=mark, s=22, zorder=3)
+            left.scatter(
+                [x for x, _ in points], [y for _, y in points], color=colors[kind], marker=mark, s=22, zorder=3
+            )
     left.set(xscale="log", yscale="log", xlim=span, xlabel="FLOP a byte of weights", ylabel="TFLOP/s",
              title="fastbert's encoder: throughput ●, one text ▲")  # fmt: skip
     left.legend(loc="lower right")

@@ -13,27 +13,52 @@ BEGIN, END = "<!-- numbers: python -m benchmarks.report -->", "<!-- end of numbe
 PEER = "sentence-transformers"
 
 
+MIXES, MODES = ("query", "sentence", "passage"), ("throughput", "batch1")
+
+
 def table(path: Path) -> str:
-    """One device's encoder rows as Markdown: texts a second, and how many times the peer's in the same run."""
+    """One device's encoder rows as Markdown: a line a provider, texts a second, and how many times the peer's in the
+    same run. What is fastest of its number format is bold, whosever it is."""
     with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    first = rows[0]
-    names = sorted({r["backend"] for r in rows} - {PEER})
-    lines = [
-        f"all-MiniLM-L6-v2, texts to vectors with tokenisation, {first['device']}, {first['threads']} threads, torch "
-        f"{first['torch'].split('+')[0]}, {first['date']}: texts/s, and times {PEER} in fp32 in the same run.",
-        "",
-        f"| texts | tokens each | mode | {' | '.join(names)} | {PEER} |",
-        "|---|---|---|" + "---|" * (len(names) + 1),
-    ]
-    for mix in ("query", "sentence", "passage"):
-        for mode in ("throughput", "batch1"):
-            own = {r["backend"]: r for r in rows if r["mode"] == mode and r["case"].startswith(mix)}
-            count, tokens = map(int, own[PEER]["case"].removeprefix(f"{mix}-").split("x"))
-            rate = {name: 1e3 * count / float(r["ms_p50"]) for name, r in own.items()}
-            cells = [f"{rate[name]:,.0f} ({rate[name] / rate[PEER]:.1f}x)" for name in names]
-            lines.append(f"| {mix} | {tokens / count:.0f} | {mode} | {' | '.join(cells)} | {rate[PEER]:,.0f} |")
-    return "\n".join(lines)
+        rows = [row for row in csv.DictReader(file) if row["case"].split("-")[0] in MIXES]
+    newest: dict[tuple[str, str], str] = {}  # of each kind of texts the case measured last
+    for row in sorted(rows, key=lambda row: row["date"]):
+        newest[row["case"].split("-")[0], row["mode"]] = row["case"]
+    columns = [(mix, mode) for mode in MODES for mix in MIXES]
+    cells: dict[str, list[str]] = {}
+    heads = []
+    for mix, mode in columns:
+        case = newest[mix, mode]
+        count, tokens = map(int, case.removeprefix(f"{mix}-").split("x"))
+        heads.append(f"{count} x {tokens / count:.0f}" if count > 1 else f"1 x {tokens}")
+        members = {row["backend"]: row for row in rows if (row["case"], row["mode"]) == (case, mode)}
+        for name in {row["backend"] for row in rows}:
+            cells.setdefault(name, []).append(_cell(name, members, count))
+    first = next(row for row in rows if row["case"] == newest["sentence", "throughput"])
+    speed = {r["backend"]: float(r["ms_p50"]) for r in rows if r["case"] == first["case"]}
+    order = sorted(cells, key=lambda name: speed.get(name, float("inf")))
+    return "\n".join(
+        [
+            f"all-MiniLM-L6-v2, texts to vectors with tokenisation, {first['device']}, {first['threads']} threads, "
+            f"torch {first['torch'].split('+')[0]}, {first['date']}: texts/s, and times {PEER} in fp32 in that run. "
+            "Columns are texts a call x tokens each; bold is the fastest of its number format.",
+            "",
+            f"| | {' | '.join(heads)} |",
+            "|---|" + "---|" * len(columns),
+            *(f"| {name} | {' | '.join(cells[name])} |" for name in order),
+        ]
+    )
+
+
+def _cell(name: str, members: dict[str, dict[str, str]], count: int) -> str:
+    if name not in members:
+        return "-"
+    row = members[name]
+    rivals = [r for r in members.values() if r["dtype"] == row["dtype"]]
+    ratio = row.get("times_base") or float(members[PEER]["ms_p50"]) / float(row["ms_p50"])
+    text = f"{1e3 * count / float(row['ms_p50']):,.0f} ({float(ratio):.1f}x)"
+    fastest = len(rivals) > 1 and float(row["ms_p50"]) == min(float(r["ms_p50"]) for r in rivals)
+    return f"**{text}**" if fastest else text
 
 
 def render(readme: str) -> str:

@@ -7,7 +7,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -24,6 +24,7 @@ PACKAGES = ("fastbert-engine", "torch", *_COMPILERS, "numpy", "tokenizers", "saf
 _ENVIRONMENT = ("FASTBERT_BACKEND", "FASTBERT_ISA", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "HF_HUB_OFFLINE")
 # MiniLM-L6: the encoder that most embedding services run.
 _PROBE = BertConfig(num_hidden_layers=6, hidden_size=384, num_attention_heads=12, intermediate_size=1536)
+_BASE = BertConfig()
 _LENGTHS = (16, 24, 32, 48, 64, 96, 128)
 
 
@@ -46,6 +47,7 @@ class Report:
         environment: variables that change what runs.
         native: the C++ extension: instruction sets, or why it does not load.
         ops: op -> device -> dtype -> backend that computes it unasked.
+        reasons: why ops run as they do, each reason once, with the ops and dtypes that it is of.
         engines: dtype -> what a forward pass would run on.
         measured: roofs and speeds, empty without measuring.
         findings: what to change.
@@ -56,6 +58,7 @@ class Report:
     environment: dict[str, str]
     native: dict[str, Any]
     ops: dict[str, dict[str, dict[str, str]]]
+    reasons: list[str]
     engines: dict[str, str]
     measured: dict[str, dict[str, float]]
     findings: list[Finding] = field(default_factory=list)
@@ -92,7 +95,8 @@ def examine(measure: bool = True, say: Callable[[str], object] = lambda step: No
         versions={name: _version(name) for name in PACKAGES},
         environment={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
         native=extension,
-        ops={op: _backends(op) for op in OPS if not op.startswith("plan_")},
+        ops={op: _backends(op) for op in _OPS},
+        reasons=_reasons(),
         engines=_engines(),
         measured=_measure(say) if measure else {},
     )
@@ -130,10 +134,27 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+_OPS = tuple(op for op in OPS if not op.startswith("plan_"))
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _devices() -> tuple[str, ...]:
+    return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+
+
+def _reasons() -> list[str]:
+    """One line a (device, dtype, backend), all ops together where they agree."""
+    found: dict[str, list[str]] = {}
+    for device in _devices():
+        for dtype in _DTYPES:
+            for op in _OPS:
+                reason = dispatch.why(op, device, dtype).replace(f"no {op} of", "no op of")
+                found.setdefault(f"{device} {_short(dtype)}: {reason}", []).append(op)
+    return [f"{line} ({'every op' if len(ops) == len(_OPS) else ', '.join(ops)})" for line, ops in found.items()]
+
+
 def _backends(op: str) -> dict[str, dict[str, str]]:
-    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    return {device: {_short(d): dispatch.chosen(op, device, d) for d in dtypes} for device in devices}
+    return {device: {_short(d): dispatch.chosen(op, device, d) for d in _DTYPES} for device in _devices()}
 
 
 def _tiny() -> BertModel:
@@ -161,6 +182,12 @@ def _median_seconds(function: Callable[[], object], budget_s: float = 0.6) -> fl
     return statistics.median(times)
 
 
+def _flop(config: BertConfig, lengths: Sequence[int]) -> int:
+    """Arithmetic of a forward pass over sequences of these lengths."""
+    D, F = config.hidden_size, config.intermediate_size
+    return config.num_hidden_layers * sum(2 * n * (4 * D * D + 2 * D * F) + 4 * n * n * D for n in lengths)
+
+
 @torch.no_grad()
 def _measure(say: Callable[[str], object]) -> dict[str, dict[str, float]]:
     """Roofs in GB/s and GFLOP/s, and tokens/s of a MiniLM-shaped encoder, by dtype."""
@@ -173,8 +200,7 @@ def _measure(say: Callable[[str], object]) -> dict[str, dict[str, float]]:
     generator = torch.Generator().manual_seed(0)
     lengths = _LENGTHS * 4
     batch = pack([torch.randint(1000, 30000, (n,), generator=generator).tolist() for n in lengths])
-    layers, D, F = _PROBE.num_hidden_layers, _PROBE.hidden_size, _PROBE.intermediate_size
-    flop = layers * sum(2 * n * (4 * D * D + 2 * D * F) + 4 * n * n * D for n in lengths)
+    flop = _flop(_PROBE, lengths)
     for dtype in (torch.float32, torch.bfloat16):
         say(f"measuring {_short(dtype)}")
         a = torch.randn(1024, 1024).to(dtype)
@@ -185,6 +211,7 @@ def _measure(say: Callable[[str], object]) -> dict[str, dict[str, float]]:
             "gemm_gflop_s": 2 * 1024**3 / gemm / 1e9,
             "encoder_gflop_s": flop / seconds / 1e9,
             "tokens_s": sum(lengths) / seconds,
+            "base_tokens_s": flop / seconds / (_flop(_BASE, lengths) / sum(lengths)),
         }
     return measured
 

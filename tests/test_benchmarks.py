@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import csv
+import re
+import subprocess
+import sys
+from contextlib import ExitStack
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import encoder, gpu, harness, ops, peers, report
+from benchmarks import __main__ as suite
+from benchmarks import compare, encoder, gpu, harness, ops, peers, report
 from benchmarks.texts import WORDS, real_texts
 from fastbert import Embedder, testing
 
@@ -58,8 +63,8 @@ def test_variants_take_turns():
 def test_numbers_in_the_readme_are_the_committed_rows():
     text = report.README.read_text(encoding="utf-8")
     assert report.render(text) == text
-    assert "| query |" in text
-    assert report.render(text.replace("| query |", "| quarry |")) == text
+    assert "| fastbert |" in text
+    assert report.render(text.replace("| fastbert |", "| fastbird |")) == text
 
 
 # Peers: the same token ids, the same pooling, whatever is between.
@@ -154,3 +159,119 @@ def test_a_wrong_variant_gets_no_number(capsys):
     out = capsys.readouterr().out
     assert "wrong is wrong" in out
     assert "absent does not run here: no such kernel" in out
+
+
+# One run's report, and what another run is held against.
+
+
+def rows_of(slower: float = 1.0, noise: float = 0.02) -> list[harness.Row]:
+    """Rows of two providers and their base over twelve rounds; the second provider slowed down."""
+    rng = np.random.default_rng(int(1000 * slower))
+    rows = []
+    minute = 1 + rng.random(12)  # what else the machine does hits all alike
+    for name, ms in {
+        "sentence-transformers": 30.0,
+        "fastbert": 5.0,
+        "fastbert-bf16": 3.0 * slower,
+        "ctranslate2": 4.0,
+    }.items():
+        times = (ms * minute * (1 + noise * rng.standard_normal(12))).tolist()
+        p50, p20, p80 = harness.percentiles(times)
+        rows.append(
+            harness.Row(
+                "encode", "query-64x900", name, "throughput", encoder.dtype_of(name), p50, p20, p80, 1.0, 0.1, 50.0,
+                "cpu", "2", "avx2", 2, 0.1, "abc", "2026-11-27", harness.times_base(minute * 30, times),
+                copy_gb_s=20.0, gemm_tflop_s=0.3, samples=harness.joined(times),
+            )
+        )  # fmt: skip
+    return rows
+
+
+def test_a_slower_machine_is_no_regression_a_slower_engine_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    paths = [
+        harness.write(rows_of(), "old"),
+        harness.write(rows_of(1.0001), "same"),
+        harness.write(rows_of(1.3), "new"),
+    ]
+    old, same, new = (compare.read(path) for path in paths)
+    assert not any(change.regressed for change in compare.compare(old, same))
+    worst, *others = compare.compare(old, new)
+    assert worst.key[2] == "fastbert-bf16"
+    assert worst.regressed
+    assert worst.relative
+    assert worst.times == pytest.approx(1.3, rel=0.05)
+    assert not any(change.regressed for change in others)
+    assert suite.show_changes(paths[0], paths[1]) == 0
+    assert suite.show_changes(paths[0], paths[2]) == 1
+
+
+def test_few_rounds_or_noise_prove_nothing():
+    key = ("encode", "query-1x9", "fastbert", "batch1", "float32")
+    (change,) = compare.compare({key: [1.0, 1.1, 1.2]}, {key: [1.5, 1.6, 1.7]})
+    assert not change.regressed
+    assert compare.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+
+
+def test_rows_without_samples_say_what_to_do():
+    with pytest.raises(ValueError, match="samples"):
+        compare.read(next(harness.COMMITTED.glob("ops-*.csv")))
+
+
+def test_ratios_are_of_the_same_round():
+    assert harness.times_base([2.0, 40.0, 2.0], [1.0, 20.0, 1.0]) == 2.0
+    assert np.isnan(harness.times_base(None, [1.0]))
+
+
+def test_short_calls_fill_the_clock():
+    calls = []
+    harness.interleave({"a": lambda: calls.append(0)}, rounds=1, warmup=1, least_ms=0.05)
+    assert len(calls) > 3
+
+
+def test_the_page_says_where_a_peer_wins_and_needs_no_other_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    harness.write(rows_of(), "encoder-x")
+    assert suite.report(tmp_path)
+    text = (tmp_path / "index.html").read_text("utf-8")
+    assert "float32, throughput, query texts, 64 of 14 tokens: ctranslate2 is 1.2" in text
+    assert "bfloat16, throughput" not in text
+    assert text.count("data:image/svg+xml;base64,") >= 4
+    assert not re.search(r"(src|href|srcset)=.?(http|[a-z]+\.)", text)
+    assert (tmp_path / "peers.svg").exists()
+    assert not suite.report(tmp_path / "empty")
+
+
+def test_a_lone_text_has_so_many_tokens(minilm):
+    tokenizer = Embedder.from_pretrained(minilm, "float32", device="cpu").tokenizer
+    for length in (16, 128):
+        text = encoder.text_of(length, lambda texts: tokenizer.encode(texts).ids)
+        assert len(tokenizer.encode([text]).ids[0]) == length
+
+
+def test_a_short_model_is_given_room(minilm):
+    with ExitStack() as stack:
+        folder = encoder.roomy(minilm, 512, stack)
+        text = "word " * 600
+        ids = Embedder.from_pretrained(folder, "float32", device="cpu").tokenizer.encode([text]).ids
+        assert len(ids[0]) == 512
+    assert encoder.roomy(minilm, 64, stack) == minilm
+
+
+def test_peers_by_family():
+    names = encoder.chosen("openvino,ctranslate2-int8")
+    assert names[:4] == [*encoder.OWN, encoder.BASE]
+    assert {"openvino", "openvino-int8", "openvino-tuned-bf16", "ctranslate2-int8"} <= set(names)
+    assert "ctranslate2" not in names
+    with pytest.raises(SystemExit, match="no peer 'openvin'"):
+        encoder.chosen("openvin")
+
+
+def test_command(tmp_path):
+    run = subprocess.run([sys.executable, "-m", "fastbert", "bench", "--help"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "--compare" in run.stdout
+    wrong = [sys.executable, "-m", "fastbert", "bench", "opps", "--out", str(tmp_path)]
+    run = subprocess.run(wrong, capture_output=True, text=True)
+    assert run.returncode == 2
+    assert "no suite 'opps'" in run.stderr

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -72,10 +74,20 @@ def findings(report):
     return {(f.broken, f.what.split(":")[0].split(" (")[0]) for f in report.findings}
 
 
-def test_a_sound_installation(monkeypatch):
+@pytest.fixture
+def sound(monkeypatch):
+    """What this process or machine has beside fastbert is no finding: other tests load libraries with OpenMP runtimes
+    of their own (scikit-learn, ctranslate2), and a machine may hold a GPU that its torch cannot use."""
+    monkeypatch.setattr(machine, "openmp_runtimes", lambda: ["/a/libgomp.so.1"])
+    monkeypatch.setattr(machine, "nvidia_gpus", list)
+    monkeypatch.delenv("FASTBERT_BACKEND", raising=False)
+
+
+def test_a_sound_installation(sound, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: machine.cpu().usable)
     report = doctor.examine(measure=False)
-    assert not report.broken
+    assert not report.broken, report.findings
+    assert any(line.startswith("cpu float16: ") for line in report.reasons)
     assert report.versions["torch"] == torch.__version__
     assert set(report.ops["attention"]["cpu"]) == {"float32", "bfloat16", "float16"}
     if native.available():
@@ -119,7 +131,37 @@ def test_measured_numbers_are_of_one_run():
     assert report.measured["copy"]["gb_s"] > 0
 
 
-def test_command(monkeypatch):
+@pytest.mark.parametrize("silence", [False, True])
+def test_reasons_name_who_lacks_what(monkeypatch, silence):
+    """Every op and dtype has one reason, and a device without a default says that."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if silence:
+        monkeypatch.setattr(doctor.dispatch, "DEFAULT", {})
+        doctor.dispatch._choose.cache_clear()
+    try:
+        reasons = doctor._reasons()
+    finally:
+        doctor.dispatch._choose.cache_clear()
+    assert len(reasons) >= 3
+    if silence:
+        assert all("no backend is a default on cpu yet (every op)" in line for line in reasons)
+    elif native.available():
+        assert "cpu float32: native is the default on cpu and has it (every op)" in reasons
+        assert "cpu float16: native has no op of float16 here (every op)" in reasons
+
+
+def test_a_process_of_its_own_agrees_with_its_exit_code():
+    """As users run it: nothing else is loaded, so the extension and torch share one OpenMP runtime."""
+    run = subprocess.run(
+        [sys.executable, "-m", "fastbert", "doctor", "--no-measure", "--json"], capture_output=True, text=True
+    )
+    document = json.loads(run.stdout)
+    broken = [finding["what"] for finding in document["findings"] if finding["broken"]]
+    assert run.returncode == (1 if broken else 0), run.stderr
+    assert not any("OpenMP" in what for what in broken), broken
+
+
+def test_command(sound, monkeypatch):
     run = CliRunner().invoke(app, ["doctor", "--no-measure", "--json"])
     assert run.exit_code == 0, run.output
     document = json.loads(run.stdout)

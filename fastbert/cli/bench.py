@@ -22,14 +22,12 @@ def suite_root() -> Path:
     for root in (package.parent, package / "bench"):
         if (root / "benchmarks" / "__main__.py").is_file():
             return root
-    raise FileNotFoundError(
-        f"the benchmark suite is neither beside nor in {package}: install fastbert-engine from its wheel or from a checkout"
-    )
+    raise FileNotFoundError(f"the benchmark suite is neither beside {package} nor in it: install fastbert-engine anew")
 
 
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(context: typer.Context) -> None:
-    """Measure ops, encoders beside their peers, training and serving; --list, --quick, --compare; a table and a page."""
+    """Measure ops, encoders beside their peers, training and serving (--help); a table and a page."""
     paths = [str(suite_root()), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     raise typer.Exit(subprocess.call([sys.executable, "-m", "benchmarks", *context.args], env=environment))

@@ -118,6 +118,16 @@ def has(backend: str, op: str, device_type: str, dtype: torch.dtype) -> bool:
     return backend == REFERENCE or _module(backend, device_type).supports(op, device_type, dtype)
 
 
+def why(op: str, device_type: str, dtype: torch.dtype) -> str:
+    """Why `op` takes the backend it takes on this device and dtype, as nothing is forced."""
+    name, defaults = chosen(op, device_type, dtype), DEFAULT.get(device_type, ())
+    if name != REFERENCE:
+        return f"{name} is the default on {device_type} and has it"
+    if not defaults:
+        return f"no backend is a default on {device_type} yet"
+    return f"{', '.join(defaults)} has no {op} of {str(dtype).removeprefix('torch.')} here"
+
+
 def chosen(op: str, device_type: str, dtype: torch.dtype) -> str:
     """Name of the backend that `op` takes on this device and dtype, as nothing is forced."""
     module = _choose(op, device_type, dtype, None)
