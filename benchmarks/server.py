@@ -234,8 +234,7 @@ def show(rows: Sequence[ServerRow]) -> None:
 
 def write(rows: Sequence[object], what: str = "server", key: tuple[str, ...] = KEY) -> None:
     """Into `results/<what>-<device>.csv`."""
-    name = f"{what}-{harness.device_name('cpu')}".lower()
-    path = harness.write(rows, "".join(c if c.isalnum() else "-" for c in name), key)
+    path = harness.write(rows, harness.file_of(what, "cpu"), key)
     print(f"{len(rows)} rows in {path.relative_to(harness.RESULTS.parent.parent)}")
 
 
