@@ -1,4 +1,4 @@
-"""`python -m benchmarks.report`: the README's table of numbers, from committed rows. `--check` only compares."""
+"""`python -m benchmarks.report`: the README's tables of numbers, from committed rows. `--check` only compares."""
 
 from __future__ import annotations
 
@@ -61,10 +61,39 @@ def _cell(name: str, members: dict[str, dict[str, str]], count: int) -> str:
     return f"**{text}**" if fastest else text
 
 
+def serving(path: Path) -> str:
+    """One device's serving rows as Markdown: texts a second of each server, and latencies at half of that."""
+    with path.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["test"] == "load"]
+    first = rows[0]
+    names = sorted({r["server"] for r in rows})
+    lines = [
+        f"Served over HTTP on the loopback address, load generator on the same {first['threads']} cores, "
+        f"{first['date']}: texts/s with every client waiting (in brackets, of what `Embedder.encode` does with as many "
+        "texts at once), and p50/p99 in ms at half of that rate, open loop.",
+        "",
+        f"| texts | clients x texts each | {' | '.join(names)} |",
+        "|---|---|" + "---|" * len(names),
+    ]
+    cells: dict[tuple[str, int, int], dict[str, str]] = {}
+    for r in rows:
+        text = (
+            f"{float(r['texts_s']):,.0f} ({float(r['of_inflight_percent']):.0f} %), "
+            f"{float(r['ms_p50']):.1f}/{float(r['ms_p99']):.1f}"
+        )
+        cells.setdefault((r["texts"], int(r["texts_a_request"]), int(r["clients"])), {})[r["server"]] = text
+    mixes = ("query", "sentence", "passage")
+    for mix, each, clients in sorted(cells, key=lambda key: (mixes.index(key[0]), *key[1:])):
+        found = cells[mix, each, clients]
+        lines.append(f"| {mix} | {clients} x {each} | {' | '.join(found.get(name, '-') for name in names)} |")
+    return "\n".join(lines)
+
+
 def render(readme: str) -> str:
     """The README with its block of numbers made anew."""
     before, rest = readme.split(BEGIN)
-    tables = "\n\n".join(table(path) for path in sorted(RESULTS.glob("encoder-*.csv")))
+    makers = {"encoder": table, "server": serving}
+    tables = "\n\n".join(make(path) for kind, make in makers.items() for path in sorted(RESULTS.glob(f"{kind}-*.csv")))
     return f"{before}{BEGIN}\n{tables}\n{END}{rest.split(END)[1]}"
 
 

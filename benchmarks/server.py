@@ -77,10 +77,9 @@ class Work:
     exact: list[np.ndarray]
 
     @classmethod
-    def make(cls, exact: Embedder, texts: Sequence[str], texts_a_request: int) -> Work:
-        """Split texts into requests."""
+    def make(cls, texts: Sequence[str], vectors: np.ndarray, texts_a_request: int) -> Work:
+        """Split texts with their exact vectors into requests."""
         parts = [list(texts[i : i + texts_a_request]) for i in range(0, len(texts), texts_a_request)]
-        vectors = exact_vectors(exact, texts)
         return cls(parts, [vectors[i : i + texts_a_request] for i in range(0, len(texts), texts_a_request)])
 
     def plan(self, server: servers.Server, clients: int, seconds: float, rate: float | None = None) -> load.Plan:
@@ -235,8 +234,7 @@ def show(rows: Sequence[ServerRow]) -> None:
 
 def write(rows: Sequence[object], what: str = "server", key: tuple[str, ...] = KEY) -> None:
     """Into `results/<what>-<device>.csv`."""
-    name = f"{what}-{harness.device_name('cpu')}".lower()
-    path = harness.write(rows, "".join(c if c.isalnum() else "-" for c in name), key)
+    path = harness.write(rows, harness.file_of(what, "cpu"), key)
     print(f"{len(rows)} rows in {path.relative_to(harness.RESULTS.parent.parent)}")
 
 
@@ -264,16 +262,17 @@ def main() -> None:
             running.append(stack.enter_context(servers.start(name, folder, served_name=MODEL_NAME)))
         for mix in args.texts.split(","):
             texts = real_texts(WORDS[mix], 256)
+            vectors = exact_vectors(exact, texts)
             if args.overload:
-                work = Work.make(exact, texts, 8)
+                work = Work.make(texts, vectors, 8)
                 rows += [overload(work, mix, server, args.overload) for server in running if server.name == "fastbert"]
-                continue
-            for clients, each in cells:
-                cell, work = Cell(mix, clients, each), Work.make(exact, texts, each)
-                rows += measure_cell(cell, work, running, embedder, seconds)
+            else:
+                for clients, each in cells:
+                    cell, work = Cell(mix, clients, each), Work.make(texts, vectors, each)
+                    rows += measure_cell(cell, work, running, embedder, seconds)
+            if rows and not args.quick:
+                write(rows)  # after each length: an interruption keeps what is done
     show(rows)
-    if rows and not args.quick:
-        write(rows)
 
 
 if __name__ == "__main__":

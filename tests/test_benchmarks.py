@@ -67,6 +67,27 @@ def test_numbers_in_the_readme_are_the_committed_rows():
     assert report.render(text.replace("| fastbert |", "| fastbird |")) == text
 
 
+def test_the_table_of_serving_has_a_line_for_each_load(tmp_path):
+    head = "test,texts,clients,texts_a_request,server,texts_s,of_inflight_percent,ms_p50,ms_p99,threads,date"
+    rows = [
+        "load,passage,1,1,fastbert,99.6,70.2,8.04,9.96,2,2026-01-02",
+        "load,query,64,1,fastbert,1234.4,84.6,7.14,19.26,2,2026-01-02",
+        "load,query,64,1,peer,88.2,6.4,70.3,99.2,2,2026-01-02",
+        "load,query,8,1,fastbert,800.2,65.1,5.6,14.1,2,2026-01-02",
+        "overload,query,1024,8,fastbert,1,0,1,1,2,2026-01-02",
+    ]
+    path = tmp_path / "server-here.csv"
+    path.write_text("\n".join([head, *rows]))
+    lines = report.serving(path).splitlines()
+    assert "2 cores" in lines[0]
+    assert lines[2] == "| texts | clients x texts each | fastbert | peer |"
+    assert lines[4:] == [
+        "| query | 8 x 1 | 800 (65 %), 5.6/14.1 | - |",
+        "| query | 64 x 1 | 1,234 (85 %), 7.1/19.3 | 88 (6 %), 70.3/99.2 |",
+        "| passage | 1 x 1 | 100 (70 %), 8.0/10.0 | - |",
+    ]
+
+
 # Peers: the same token ids, the same pooling, whatever is between.
 
 

@@ -19,6 +19,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import fastbert
+from fastbert.serve.series import Series
 from fastbert.serve.work import Overloaded
 from tests.serving import live, tiny_model
 
@@ -605,3 +606,14 @@ def test_answers_of_a_size_that_would_fill_the_memory_are_refused(client):
     response = post(client, "/embed_all", {"inputs": ["a " * 254] * 200})
     assert response.status_code == 422
     assert "send fewer inputs" in response.json()["error"]
+
+
+def test_rates_are_of_the_time_that_the_server_has_been_up():
+    series = Series(512)
+    now = time.monotonic()
+    series.window.extend((now - 1.0, 0.01, 40) for _ in range(20))
+    series.began = now - 10.0
+    assert series.rolling()["requests_per_s"] == pytest.approx(2.0, rel=0.05)
+    assert series.rolling()["tokens_per_s"] == pytest.approx(80.0, rel=0.05)
+    series.began = now - 1000.0
+    assert series.rolling()["requests_per_s"] == pytest.approx(20 / 60, rel=0.05)

@@ -6,6 +6,7 @@ FastAPI's own page loads Swagger UI from a CDN: an empty page where a server sta
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Iterator
 from html import escape
 from typing import Any
@@ -78,14 +79,16 @@ def _fields(document: dict[str, Any], schema: dict[str, Any]) -> Iterator[tuple[
         yield from _fields(document, form)
     required = schema.get("required", [])
     for name, field in schema.get("properties", {}).items():
-        default = "required" if name in required else f"default {field['default']}" if "default" in field else ""
-        meaning = ". ".join(part for part in (field.get("description", "").rstrip("."), default) if part)
+        default = "required" if name in required else ""
+        if field.get("default") is not None:
+            default = f"default `{json.dumps(field['default'])}`"
+        meaning = "; ".join(part for part in (field.get("description", "").rstrip("."), default) if part)
         yield name, _type(document, field), meaning
 
 
 def _type(document: dict[str, Any], schema: dict[str, Any]) -> str:
     if "enum" in schema:
-        return " | ".join(map(repr, schema["enum"]))
+        return " | ".join(map(json.dumps, schema["enum"]))
     forms = schema.get("anyOf", schema.get("oneOf", []))
     if forms:
         return " | ".join(dict.fromkeys(_type(document, form) for form in forms))

@@ -63,6 +63,7 @@ class Series:
         self.tokens.add(0, "real")
         self.tokens.add(0, "padded")
         self.more: list[Metric] = []
+        self.began = time.monotonic()
         self.window: deque[tuple[float, float, int]] = deque(maxlen=_WINDOW)
 
     def all(self) -> list[Metric]:
@@ -116,7 +117,8 @@ class Series:
                 "tokens_per_s": 0.0,
                 "latency_ms": dict.fromkeys(_PERCENTILES),
             }
-        span = seconds if len(recent) < _WINDOW else max(now - recent[0][0], 1e-3)
+        since = self.began if len(recent) < _WINDOW else recent[0][0]
+        span = max(min(seconds, now - since), 1e-3)
         latency = np.percentile([row[1] * 1e3 for row in recent], [50, 90, 95, 99])
         return {
             "requests": len(recent),
