@@ -10,29 +10,38 @@ from benchmarks.harness import RESULTS
 
 README = RESULTS.parent.parent / "README.md"
 BEGIN, END = "<!-- numbers: python -m benchmarks.report -->", "<!-- end of numbers -->"
-PEER = "sentence-transformers"
+OWN = "fastbert"
 
 
 def table(path: Path) -> str:
-    """One device's encoder rows as Markdown: texts a second, and how many times the peer's in the same run."""
+    """One device's encoder rows as Markdown: texts a second, beside the run's fastest peer of the same dtype."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     first = rows[0]
-    names = sorted({r["backend"] for r in rows} - {PEER})
+    peers = sorted({r["backend"] for r in rows if not r["backend"].startswith(OWN)})
     lines = [
         f"all-MiniLM-L6-v2, texts to vectors with tokenisation, {first['device']}, {first['threads']} threads, torch "
-        f"{first['torch'].split('+')[0]}, {first['date']}: texts/s, and times {PEER} in fp32 in the same run.",
+        f"{first['torch'].split('+')[0]}, {first['date']}: texts/s, and the fastest peer of the same dtype "
+        f"in the same run ({', '.join(peers)}; int8 peers are held to no accuracy).",
         "",
-        f"| texts | tokens each | mode | {' | '.join(names)} | {PEER} |",
-        "|---|---|---|" + "---|" * (len(names) + 1),
+        "| texts | tokens each | mode | dtype | fastbert | fastest peer | times it |",
+        "|---|---|---|---|---|---|---|",
     ]
     for mix in ("query", "sentence", "passage"):
         for mode in ("throughput", "batch1"):
-            own = {r["backend"]: r for r in rows if r["mode"] == mode and r["case"].startswith(mix)}
-            count, tokens = map(int, own[PEER]["case"].removeprefix(f"{mix}-").split("x"))
-            rate = {name: 1e3 * count / float(r["ms_p50"]) for name, r in own.items()}
-            cells = [f"{rate[name]:,.0f} ({rate[name] / rate[PEER]:.1f}x)" for name in names]
-            lines.append(f"| {mix} | {tokens / count:.0f} | {mode} | {' | '.join(cells)} | {rate[PEER]:,.0f} |")
+            for dtype in ("float32", "bfloat16", "int8"):
+                here = [r for r in rows if (r["mode"], r["dtype"]) == (mode, dtype) and r["case"].startswith(mix)]
+                own = next((r for r in here if r["backend"].startswith(OWN)), None)
+                others = sorted((float(r["ms_p50"]), r["backend"]) for r in here if r is not own)
+                if own is None:
+                    continue
+                count, tokens = map(int, own["case"].removeprefix(f"{mix}-").split("x"))
+                ms = float(own["ms_p50"])
+                cells = [f"{1e3 * count / ms:,.0f}", "none", ""]
+                if others:
+                    best, name = others[0]
+                    cells[1:] = [f"{1e3 * count / best:,.0f} ({name})", f"{best / ms:.2f}{', it wins' * (best < ms)}"]
+                lines.append(f"| {mix} | {tokens / count:.0f} | {mode} | {dtype} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
