@@ -81,7 +81,9 @@ def main() -> None:
                 moments[newest(out)] += 1
                 print(f"kill {kills}: {newest(out)} is the last checkpoint", flush=True)
             if (found := digests(out)) != expected:
-                raise SystemExit(f"run {runs} ended in other bits: {[n for n in expected if found.get(n) != expected[n]]}")
+                raise SystemExit(
+                    f"run {runs} ended in other bits: {[n for n in expected if found.get(n) != expected[n]]}"
+                )
             runs += 1
             print(f"run {runs}: the same bits", flush=True)
     print(f"{kills} kills in {runs} runs; {len(moments)} different last checkpoints; all ended in the same bits")
