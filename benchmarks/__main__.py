@@ -18,7 +18,7 @@ SUITES = {
     "ops": "every op x backend x number format, forward and with gradients, beside its reference",
     "encoder": "texts to vectors: throughput by kind of text, one text by length, beside all peers",
     "training": "fine-tuning beside transformers' Trainer, on labelled texts",
-    "server": "HTTP under load beside text-embeddings-inference's and other servers that are here",
+    "server": "HTTP under load beside the other servers that are installed",
 }
 DEFAULT = ("ops", "encoder")
 # A whole report in minutes: what a suite is told beside the user's own options.
