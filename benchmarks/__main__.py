@@ -23,7 +23,7 @@ SUITES = {
 DEFAULT = ("ops", "encoder")
 # A whole report in minutes: what a suite is told beside the user's own options.
 TOLD = {
-    "ops": ["--dtype", "float32,bfloat16", "--rounds", "30"],
+    "ops": ["--dtype", "float32,bfloat16", "--rounds", "20"],
     "encoder": ["--texts", "64"],
     "training": ["--only", "rotten-tomatoes", "--quick"],
     "server": ["--seconds", "4"],
