@@ -70,7 +70,9 @@ class BuildNative(build_ext):
         candidates = [os.environ["CXX"]] if "CXX" in os.environ else ["c++", "g++", "clang++"]
         cxx = next((c.split() for c in candidates if shutil.which(c.split()[0])), None)
         if cxx is None:
-            sys.exit(f"fastbert: {' or '.join(candidates)} not found. Install a C++17 compiler with OpenMP or set FASTBERT_NATIVE=0.")
+            sys.exit(
+                f"fastbert: {' or '.join(candidates)} not found. Install a C++17 compiler with OpenMP or set FASTBERT_NATIVE=0."
+            )
         wanted = os.environ.get("FASTBERT_CUDA", "1") != "0" and not SANITIZE
         nvcc = shutil.which("nvcc") if wanted else None
         includes = [f"-I{CSRC}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
@@ -82,7 +84,9 @@ class BuildNative(build_ext):
             per_isa = [*base, *flags, f"-DFASTBERT_ISA={isa}"]
             jobs += [(s, f"{s.stem}-{isa}", per_isa) for s in sorted((CSRC / "cpu").glob("*.cpp"))]
         if nvcc:
-            jobs += [(s, f"{s.stem}-cuda", [nvcc, *NVCCFLAGS, f"-I{CSRC}"]) for s in sorted((CSRC / "cuda").glob("*.cu"))]
+            jobs += [
+                (s, f"{s.stem}-cuda", [nvcc, *NVCCFLAGS, f"-I{CSRC}"]) for s in sorted((CSRC / "cuda").glob("*.cu"))
+            ]
 
         folder = Path("build") / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         folder.mkdir(parents=True, exist_ok=True)

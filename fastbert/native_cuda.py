@@ -263,7 +263,9 @@ def attention_fwd(
 
 
 def _no_backward(*_: object) -> NoReturn:
-    raise NotImplementedError("the native CUDA kernels are for inference, they have no backward: force 'reference' to train")
+    raise NotImplementedError(
+        "the native CUDA kernels are for inference, they have no backward: force 'reference' to train"
+    )
 
 
 attention_bwd = pool_bwd = _no_backward

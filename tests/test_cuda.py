@@ -253,7 +253,9 @@ def test_attention_past_max_seqlen_is_nan(device):
 
 
 def test_attention_of_no_tokens(device):
-    out, lse = native_cuda.attention_fwd(torch.empty(0, 3, 2, 16).half().to(device), _cu_seqlens([0]).to(device), 0, 1.0)
+    out, lse = native_cuda.attention_fwd(
+        torch.empty(0, 3, 2, 16).half().to(device), _cu_seqlens([0]).to(device), 0, 1.0
+    )
     assert out.shape == (0, 2, 16)
     assert lse.shape == (0, 2)
 
@@ -302,7 +304,9 @@ def test_the_emulator_finds_a_deadlock(tmp_path):
     if CXX is None:
         pytest.skip("g++ is not installed")
     program = tmp_path / "deadlock"
-    subprocess.run([CXX, "-std=c++17", f"-I{ROOT / 'csrc'}", f"-I{EMULATOR}", str(source), "-o", str(program)], check=True)
+    subprocess.run(
+        [CXX, "-std=c++17", f"-I{ROOT / 'csrc'}", f"-I{EMULATOR}", str(source), "-o", str(program)], check=True
+    )
     done = subprocess.run([str(program)], capture_output=True, text=True)
     assert done.returncode != 0
     assert "wait for each other" in done.stderr
@@ -375,21 +379,38 @@ REGISTERS = {"attention_kernel": 168, "pool_kernel": 64, "rows_kernel": 40, "sca
              "count_kernel": 40, "indices_kernel": 40, "tail_kernel": 40}  # fmt: skip
 
 
-def test_registers_and_spills_of_what_was_built():
-    """Of the extension as it is: both architectures, every kernel, no spill (a spill takes stack), and the registers."""
-    cuobjdump = shutil.which("cuobjdump")
-    if cuobjdump is None or not native_cuda.available():
-        pytest.skip("the extension was built without nvcc" if cuobjdump else "cuobjdump is not installed")
-    library = importlib.util.find_spec("fastbert._C").origin
-    text = subprocess.run([cuobjdump, "--dump-resource-usage", library], capture_output=True, text=True, check=True).stdout
+def _ptxas(source: Path) -> str:
+    """What the assembler says of one file for both architectures, kept by what went into it."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc is not installed")
+    texts = [p.read_text() for p in [source, *sorted((ROOT / "csrc" / "cuda").glob("*.h"))]]
+    key = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+    kept = ROOT / "build" / "ptxas" / f"{source.stem}-{key}.log"
+    if not kept.exists():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in (80, 90)]
+        flags = ["-std=c++17", "-O3", "-Xptxas=-v", *targets, f"-I{ROOT / 'csrc'}", "-c", str(source)]
+        done = subprocess.run([nvcc, *flags, "-o", os.devnull], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "warning" not in done.stderr
+        private = kept.with_suffix(f".{os.getpid()}")
+        private.write_text(done.stderr)
+        private.replace(kept)
+    return kept.read_text()
+
+
+def test_registers_and_spills():
+    """Every kernel for both architectures: no stack, so no spill, and no more registers than its blocks an SM allow."""
     seen = set()
-    for part in re.split(r"^Fatbin elf code:", text, flags=re.M)[1:]:
-        arch = re.search(r"arch = (sm_\d+)", part).group(1)
-        for name, usage in re.findall(r"Function (\S+):\s*\n\s*(.*)", part):
+    for source in (ROOT / "csrc" / "cuda").glob("*.cu"):
+        for part in _ptxas(source).split("Compiling entry function '")[1:]:
+            name, arch = re.match(r"(\w+)' for '(sm_\d+)'", part).groups()
             kernel = next(k for k in REGISTERS if k in name)
-            used = {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", usage)}
             seen.add((arch, kernel))
-            assert used["STACK"] == 0, f"{arch} {name}: {usage}"
-            assert used["LOCAL"] == 0, f"{arch} {name}: {usage}"
-            assert used["REG"] <= REGISTERS[kernel], f"{arch} {name}: {usage}"
+            assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in part, f"{arch} {name}: {part}"
+            registers = int(re.search(r"Used (\d+) registers", part).group(1))
+            # the instances for head sizes to 64 leave room for a fourth block
+            most = 128 if kernel == "attention_kernel" and "Li8E" not in name else REGISTERS[kernel]
+            assert registers <= most, f"{arch} {name}: {registers} registers"
     assert seen == {(arch, kernel) for arch in ("sm_80", "sm_90") for kernel in REGISTERS}
