@@ -9,6 +9,7 @@ namespace fastbert {
 
 void bind_encoder(py::module_& m);  // bindings_encoder.cpp
 void bind_plans(py::module_& m);    // bindings_plan.cpp
+void bind_cuda(py::module_& m);     // bindings_cuda.cpp
 
 namespace {
 

@@ -1,7 +1,7 @@
 """The native backend on CUDA tensors: checks, allocates and launches `csrc/cuda`; nothing here waits for the device.
 
-Inference only: there is no backward. It knows nothing of autograd or of the reference. Kernels run on the current stream
-of their tensors' device. What only the device could tell (lengths, indices) is not checked but harmless: see each kernel.
+Inference only: there is no backward. It knows nothing of autograd or of the reference. Kernels run on the current
+stream of their tensors' device. `cu_seqlens` is not read back, so not checked: it must ascend from 0 to T.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def require() -> ModuleType:
     """
     if not available():
         raise ImportError(
-            "fastbert was installed without its CUDA kernels: with nvcc and a C++17 compiler at hand, run `pip install .` "
-            "in the source tree, without FASTBERT_CUDA=0 and FASTBERT_NATIVE=0"
+            "fastbert was installed without its CUDA kernels: with nvcc and a C++17 compiler at hand, run "
+            "`pip install .` in the source tree, without FASTBERT_CUDA=0 and FASTBERT_NATIVE=0"
         )
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < _OLDEST:
         found = "sm_{}{}".format(*torch.cuda.get_device_capability())
@@ -122,7 +122,8 @@ def plan_mask(mask: Tensor) -> tuple[Tensor, Tensor]:
         mask: (B, L) bool, any pattern.
 
     Returns:
-        indices (B * L) int64 into the flattened mask, ascending, and -1 past the last kept token; cu_seqlens (B + 1) int32.
+        indices (B * L) int64 into the flattened mask, ascending, and -1 past the last kept token;
+        cu_seqlens (B + 1) int32.
     """
     _check("mask", mask, (torch.bool,), (None, None), mask)
     B, L = mask.shape
@@ -249,8 +250,8 @@ def attention_fwd(
         raise ValueError(f"the head size must be a multiple of 16 from 16 to 128, got {K}")
     if dropout_p > 0.0 or max_seqlen > LONGEST:
         raise NotImplementedError(
-            f"the native CUDA attention takes max_seqlen <= {LONGEST} and dropout_p = 0, got {max_seqlen} and {dropout_p}; "
-            "leave the choice to fastbert or force another backend"
+            f"the native CUDA attention takes max_seqlen <= {LONGEST} and dropout_p = 0, got {max_seqlen} and "
+            f"{dropout_p}; leave the choice to fastbert or force another backend"
         )
     _check_count("the number of tokens", T)
     _check_count("sequences x heads", S * H)
@@ -263,7 +264,9 @@ def attention_fwd(
 
 
 def _no_backward(*_: object) -> NoReturn:
-    raise NotImplementedError("the native CUDA kernels are for inference, they have no backward: force 'reference' to train")
+    raise NotImplementedError(
+        "the native CUDA kernels are for inference, they have no backward: force 'reference' to train"
+    )
 
 
 attention_bwd = pool_bwd = _no_backward
