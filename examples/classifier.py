@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import pydoc_data.topics
 import random
+from pathlib import Path
 
 import torch
 
@@ -20,7 +21,7 @@ from fastbert.tokenizer import Tokenizer
 
 def manuals(num_each: int) -> list[dict[str, str]]:
     """So many paragraphs of each manual, in a fixed random order."""
-    docstrings = (getattr(torch, name).__doc__ or "" for name in dir(torch))
+    docstrings = (f.__doc__ for f in vars(torch).values() if callable(f) and isinstance(f.__doc__, str))
     sources = {"python": pydoc_data.topics.topics.values(), "torch": docstrings}
     rows = []
     for label, texts in sources.items():
@@ -52,10 +53,10 @@ def main() -> None:
     print(f"accuracy on held-out texts: {result.metrics['eval_accuracy']:.3f}")
 
     model = BertForSequenceClassification.from_pretrained(args.out).eval()
-    tokenizer = Tokenizer.from_folder(args.out, 128)
+    tokenizer = Tokenizer.from_folder(Path(args.out), 128)
     texts = ["Returns a new tensor with the sine of the elements of input.", "An import statement binds a name."]
     with torch.inference_mode():
-        logits = model(pack(tokenizer(texts))).logits
+        logits = model(pack(tokenizer.encode(texts).ids)).logits
     for text, label in zip(texts, logits.argmax(-1).tolist(), strict=True):
         print(f"{model.config.id2label[label]:>8}: {text}")
 

@@ -263,3 +263,9 @@ def test_token_batches(lengths, budget, most):
     for batch in batches:
         assert len(batch) == 1 or sum(lengths[i] for i in batch) <= budget
         assert most is None or len(batch) <= most
+
+
+def test_padding_id_outside_the_vocabulary():
+    """Found by a long run: torch's embedding answered with an AssertionError."""
+    with pytest.raises(ValueError, match="pad_token_id is 10 but vocab_size is 10"):
+        fastbert.BertConfig(vocab_size=10, pad_token_id=10)

@@ -106,6 +106,9 @@ class Config:
                 raise ValueError(f"{name} is {value}; more than {_MOST_LAYERS} layers cannot be meant")
             if ("dropout" in name or name.endswith("_prob")) and not 0 <= value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 0 and below 1")
+        pad, rows = getattr(self, "pad_token_id", None), getattr(self, "vocab_size", None)
+        if isinstance(pad, int) and isinstance(rows, int) and pad >= rows:
+            raise ValueError(f"pad_token_id is {pad} but vocab_size is {rows}; it must be one of the vocabulary's ids")
         position = self.extra.get("position_embedding_type", "absolute")
         if position != "absolute":
             raise ValueError(
