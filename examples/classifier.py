@@ -56,7 +56,7 @@ def main() -> None:
     tokenizer = Tokenizer.from_folder(Path(args.out), 128)
     texts = ["Returns a new tensor with the sine of the elements of input.", "An import statement binds a name."]
     with torch.inference_mode():
-        logits = model(pack(tokenizer.encode(texts).ids)).logits
+        logits = model.logits(model.base_model.encode_packed(pack(tokenizer.encode(texts).ids)))
     for text, label in zip(texts, logits.argmax(-1).tolist(), strict=True):
         print(f"{model.config.id2label[label]:>8}: {text}")
 
