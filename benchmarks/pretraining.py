@@ -264,7 +264,7 @@ def main() -> None:
             missed += found
         else:
             harness.write([row], told.name, KEY)
-            write_curve(points, f"{told.name}-curve")
+            write_curve(points, f"curve-{told.name}")
     show(rows)
     if missed:
         raise SystemExit("\n".join(missed))

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.harness import RESULTS
+from benchmarks.report_training import pretraining_table, training_table
 
 README = RESULTS.parent.parent / "README.md"
 BEGIN, END = "<!-- numbers: python -m benchmarks.report -->", "<!-- end of numbers -->"
@@ -92,7 +93,7 @@ def serving(path: Path) -> str:
 def render(readme: str) -> str:
     """The README with its block of numbers made anew."""
     before, rest = readme.split(BEGIN)
-    makers = {"encoder": table, "server": serving}
+    makers = {"encoder": table, "server": serving, "training": training_table, "pretrain": pretraining_table}
     tables = "\n\n".join(make(path) for kind, make in makers.items() for path in sorted(RESULTS.glob(f"{kind}-*.csv")))
     return f"{before}{BEGIN}\n{tables}\n{END}{rest.split(END)[1]}"
 
