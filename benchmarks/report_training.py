@@ -47,8 +47,8 @@ def pretraining_table(path: Path) -> str:
     first = rows[0]
     lines = [
         f"Pretraining from scratch on {int(first['train_tokens']) / 1e6:.1f} M tokens of English, size "
-        f"{first['size']}, {int(first['vocabulary']):,} ids, {first['device']}, {first['date']}, on held-out texts: loss "
-        "of masked tokens in nats, accuracy of the second task, and accuracy after fine-tuning on film reviews.",
+        f"{first['size']}, {int(first['vocabulary']):,} ids, {first['device']}, {first['date']}, on held-out texts: "
+        "loss of masked tokens in nats, accuracy of the second task, and accuracy after fine-tuning on film reviews.",
         "",
         "| objective | steps | masked-LM loss | word shares | second task | chance | fine-tuned | from random |",
         "|---|---|---|---|---|---|---|---|",
