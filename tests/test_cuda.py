@@ -322,9 +322,9 @@ def test_errors_print_both_sides(device):
         native_cuda.attention_fwd(qkv(24), cu, 4, 1.0)
     with pytest.raises(ValueError, match="from 16 to 128, got 144"):
         native_cuda.attention_fwd(qkv(144), cu, 4, 1.0)
-    with pytest.raises(TypeError, match="qkv must be torch.float16 or torch.bfloat16, got torch.float32"):
+    with pytest.raises(TypeError, match=r"qkv must be torch.float16 or torch.bfloat16, got torch.float32"):
         native_cuda.attention_fwd(qkv(16, torch.float32), cu, 4, 1.0)
-    with pytest.raises(TypeError, match="cu_seqlens must be torch.int32, got torch.int64"):
+    with pytest.raises(TypeError, match=r"cu_seqlens must be torch.int32, got torch.int64"):
         native_cuda.attention_fwd(qkv(16), cu.long(), 4, 1.0)
     with pytest.raises(NotImplementedError, match=r"max_seqlen <= 128 and dropout_p = 0, got 129 and 0\.1"):
         native_cuda.attention_fwd(qkv(16), cu, 129, 1.0, 0.1)
