@@ -96,7 +96,8 @@ class Tokenizer:
     @property
     def num_ids(self) -> int:
         """One more than the greatest id that can come out."""
-        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+        framing = self.backend.encode("", "").ids  # ids of the post-processor's own, whatever the vocabulary says
+        return max(*self.backend.get_vocab(with_added_tokens=True).values(), *framing, -1) + 1
 
     def encode(self, texts: Sequence[Text], first: int = 0) -> Encoded:
         """Tokenise texts, or pairs of them. Lone surrogates, which no UTF-8 text holds, are read as U+FFFD.

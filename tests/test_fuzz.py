@@ -269,3 +269,13 @@ def test_padding_id_outside_the_vocabulary():
     """Found by a long run: torch's embedding answered with an AssertionError."""
     with pytest.raises(ValueError, match="pad_token_id is 10 but vocab_size is 10"):
         fastbert.BertConfig(vocab_size=10, pad_token_id=10)
+
+
+def test_a_post_processor_with_an_id_of_its_own(folder, tmp_path):
+    """Found by a long run: the engine's IndexError at the first text."""
+    work = shutil.copytree(folder, tmp_path / "alien")
+    content = json.loads((work / "tokenizer.json").read_text())
+    content["post_processor"]["cls"][1] = 10
+    (work / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="the tokenizer has 11 ids but the model's vocab_size is 10"):
+        Embedder.from_pretrained(work)
