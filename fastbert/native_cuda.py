@@ -208,13 +208,8 @@ def pool(
     if output.endswith("int8"):
         if low is None or step is None:
             raise ValueError(f"output {output!r} needs low and step, the range of each dimension, got None")
-<<<<<<< HEAD
-        _check("low", low, (torch.float32,), (D,), hidden)
-        _check("step", step, (torch.float32,), (D,), hidden)
-=======
         for name, numbers in (("low", low), ("step", step)):
             _check(name, numbers, (torch.float32,), (D,), hidden)
->>>>>>> cuda
         ranges = (low.data_ptr(), step.data_ptr())
     columns = -(-D // 8) if output.endswith("binary") else D
     out = hidden.new_empty(S, columns, dtype=_OUTPUTS[output] or hidden.dtype)
