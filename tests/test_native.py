@@ -213,7 +213,8 @@ def test_every_instruction_set_is_within_budget(isa):
 def test_an_unknown_instruction_set_is_an_error():
     done = _python("import fastbert.native as n; n.isa()", FASTBERT_ISA="avx1024")
     assert done.returncode != 0
-    assert "FASTBERT_ISA=avx1024: unknown instruction set 'avx1024'; this CPU offers portable" in done.stderr
+    assert "FASTBERT_ISA=avx1024: unknown instruction set 'avx1024'; this CPU offers " in done.stderr
+    assert all(name in done.stderr for name in C.supported_isas())
 
 
 def test_the_best_instruction_set_is_the_default():

@@ -47,10 +47,14 @@ def supports(op: str, device_type: str, dtype: torch.dtype) -> bool:
         return interpreted() and dtype != torch.bfloat16
     if device_type != "cuda" or interpreted() or _too_old():
         return False
-    if op in _EPILOGUES:
-        configs = importlib.import_module(f"{__name__}.configs")
-        return op in configs.EPILOGUES.get(configs.architecture(), ())
-    return op != "float8_linear" or torch.cuda.get_device_capability() >= _OLDEST_FLOAT8
+    if op not in (*_EPILOGUES, "float8_linear"):
+        return True
+    if not torch.cuda.is_available():  # the rest depends on which GPU it is
+        return False
+    if op == "float8_linear":
+        return torch.cuda.get_device_capability() >= _OLDEST_FLOAT8
+    configs = importlib.import_module(f"{__name__}.configs")
+    return op in configs.EPILOGUES.get(configs.architecture(), ())
 
 
 def require() -> None:
