@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
-FOLDERS = ("", "fastbert", "fastbert/models", "fastbert/train", "tests", "benchmarks")
+FOLDERS = ("", "csrc", "fastbert", "fastbert/models", "fastbert/train", "tests", "benchmarks")
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = re.findall(r"^(?:cat queries\.txt \| )?fastbert embed .*?(?=\s+#|$)", README, re.MULTILINE)
 
