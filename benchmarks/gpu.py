@@ -408,7 +408,7 @@ def hugging_face(model: BertModel, at: Setting, batch: PackedBatch, compile: boo
     })  # fmt: skip
     config._attn_implementation = "sdpa"
     theirs = transformers.BertModel(config, add_pooling_layer=False).eval()
-    theirs.load_state_dict({k: v.cpu().float() for k, v in model.state_dict().items()}, strict=False)
+    theirs.load_state_dict({k: v.cpu().float() for k, v in model.state_dict().items()})
     theirs = theirs.to(at.device, at.dtype)
     rows = batch.split(batch.input_ids)
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
