@@ -51,6 +51,10 @@ class Texts:
             raise CorpusError("no texts: give files, folders or data sets to read them from")
         object.__setattr__(self, "sources", tuple(found))
 
+    def __str__(self) -> str:
+        """The sources, as errors name them."""
+        return ", ".join(map(str, self.sources))[:200]
+
     def fingerprint(self) -> str:
         """A hash that changes with the sources (path, size and time of files) and with how they are read."""
         parts = [_identity(source) for source in self.sources]

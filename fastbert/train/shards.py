@@ -148,7 +148,7 @@ def build_shards(
     sentences = np.concatenate([np.zeros(1, np.int64), *[counts.sentences for counts in made]]).cumsum()
     documents = np.concatenate([np.zeros(1, np.int64), *[counts.documents for counts in made]]).cumsum()
     if not sentences[-1]:
-        raise CorpusError(f"{', '.join(map(str, texts.sources))[:200]}: {_why_empty(texts)}")
+        raise CorpusError(f"{texts}: {_why_empty(texts)}")
     np.save(scratch / SENTENCES, sentences)
     np.save(scratch / DOCUMENTS, documents)
     manifest = {"format": FORMAT, "fingerprint": fingerprint, "shards": [counts.name for counts in made]}

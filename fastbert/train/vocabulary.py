@@ -12,6 +12,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from fastbert.corpus import CorpusError
 from fastbert.tokenizer import Tokenizer
+from fastbert.train.documents import Texts
 
 Kind = Literal["wordpiece", "bpe"]
 
@@ -32,7 +33,6 @@ BERT_TOKENS = SpecialTokens(
     "[CLS]", "[SEP]", "[PAD]", "[UNK]", "[MASK]", ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 )
 ROBERTA_TOKENS = SpecialTokens("<s>", "</s>", "<pad>", "<unk>", "<mask>", ("<s>", "<pad>", "</s>", "<unk>", "<mask>"))
-_NO_TEXT = "no text to learn a vocabulary from: all sources are empty"
 
 
 def train_vocabulary(
@@ -114,7 +114,7 @@ def _alphabet(texts: Iterable[str], normalizer: normalizers.BertNormalizer, room
         counts.update(normalizer.normalize_str(text))
     found = sorted((c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c))
     if not found:
-        raise CorpusError(_NO_TEXT)
+        raise CorpusError(_no_text(texts))
     ascii_ = sum(c.isascii() for c in found)
     if room < 2 * ascii_:
         raise ValueError(
@@ -124,13 +124,17 @@ def _alphabet(texts: Iterable[str], normalizer: normalizers.BertNormalizer, room
     return sorted(found[: min(1000, room // 2)])
 
 
+def _no_text(texts: Iterable[str]) -> str:
+    return f"{texts if isinstance(texts, Texts) else 'the texts'}: no text to learn a vocabulary from"
+
+
 def _bpe(
     texts: Iterable[str], size: int, lowercase: bool, special: SpecialTokens, min_frequency: int
 ) -> tokenizers.Tokenizer:
     if size < len(special.all) + 256:
         raise ValueError(f"a bpe vocabulary has {len(special.all)} special tokens and 256 bytes, got size {size}")
     if not any(text.strip() for text in texts):
-        raise CorpusError(_NO_TEXT)
+        raise CorpusError(_no_text(texts))
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
