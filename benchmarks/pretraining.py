@@ -134,13 +134,15 @@ def random_twin(run: Pretraining, folder: Path) -> Path:
 
 def measure(objective: str, texts: Path, root: Path, told: argparse.Namespace) -> tuple[PretrainRow, list[CurvePoint]]:
     """Pretrain, evaluate, fine-tune."""
-    settings = (told.size, told.seq_length, told.vocab_size, told.batch_tokens, told.steps, told.lr)
+    settings = (told.size, told.seq_length, told.vocab_size, told.batch_tokens, told.steps, told.lr, told.dropout)
+    settings += (told.initializer_range,)
     folder = root / "-".join(map(str, (objective.replace("+", "-"), *settings)))  # an interrupted run goes on there
     run = prepare(
         data=sorted(texts.glob("*.txt")), split_sentences=True, holdout=0.03, output_dir=str(folder),
         model_type=FAMILIES[objective], size=told.size, vocab_size=told.vocab_size, seq_length=told.seq_length,
         objective=objective, dupe_factor=4 if "+" in objective else 1, max_steps=told.steps,
         batch_tokens=told.batch_tokens, micro_tokens=told.batch_tokens, learning_rate=told.lr,
+        dropout=told.dropout, initializer_range=told.initializer_range,
         eval_steps=told.eval_steps, logging_steps=max(1, told.eval_steps // 5), save_strategy="no", resume=True,
         seed=1,
     )  # fmt: skip
@@ -248,6 +250,8 @@ def main() -> None:
     parser.add_argument("--seq-length", type=int, default=128)
     parser.add_argument("--vocab-size", type=int, default=4000)
     parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--initializer-range", type=float, default=0.08)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--finetune-items", type=int, default=4000)
     parser.add_argument("--name", default="pretrain-local", help="of the result files")

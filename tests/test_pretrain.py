@@ -245,6 +245,19 @@ def test_sizes_are_those_of_the_papers(family, size):
     )
 
 
+@pytest.mark.parametrize("family", ["bert", "distilbert", "albert"])
+def test_dropout_and_deviation_of_a_new_model(family, texts, tmp_path):
+    options = {**COMMON, "data": texts, "model_type": family, "size": "tiny", "vocab_size": 150}
+    run = prepare(**options, dropout=0.25, initializer_range=0.09, output_dir=str(tmp_path))
+    config = run.model.config
+    assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob) == (0.25, 0.25)
+    assert run.model.base_model.embeddings.word_embeddings.weight.std().item() == pytest.approx(0.09, rel=0.05)
+    with pytest.raises(ValueError, match=r"dropout=0.2 and model='DIR' exclude each other"):
+        prepare(**{**options, "vocab_size": None}, model="DIR", dropout=0.2, output_dir=str(tmp_path))
+    with pytest.raises(ValueError, match=r"initializer_range is 0.0; it must be above 0"):
+        prepare(**options, initializer_range=0.0, output_dir=str(tmp_path))
+
+
 def test_probe_measures_and_changes_nothing(texts, tmp_path):
     run = prepare(data=texts, **COMMON, config_json=config_json(tmp_path, "bert"), output_dir=str(tmp_path))
     before = {name: value.clone() for name, value in run.model.state_dict().items()}

@@ -30,7 +30,14 @@ def vocabulary_kind(model_type: str) -> tuple[Kind, SpecialTokens]:
     return "wordpiece", ROBERTA_TOKENS if model_type == "mpnet" else BERT_TOKENS
 
 
-def build_config(model_type: str, size: str, tokenizer: Tokenizer, seq_length: int) -> Config:
+def build_config(
+    model_type: str,
+    size: str,
+    tokenizer: Tokenizer,
+    seq_length: int,
+    dropout: float | None = None,
+    initializer_range: float | None = None,
+) -> Config:
     """The configuration of a new model.
 
     Heads have 64 features, the feed-forward layer 4 times the hidden size. ELECTRA-small is the paper's; a DistilBERT
@@ -41,6 +48,8 @@ def build_config(model_type: str, size: str, tokenizer: Tokenizer, seq_length: i
         size: of `SHAPES`.
         tokenizer: says how many ids there are, and which one pads.
         seq_length: positions there must be; there are at least 512.
+        dropout: of hidden states and attention probabilities; None = the family's.
+        initializer_range: standard deviation of new weights; None = the family's.
 
     Raises:
         ValueError: the tokenizer's padding token is not the one from which the family counts positions.
@@ -66,6 +75,12 @@ def build_config(model_type: str, size: str, tokenizer: Tokenizer, seq_length: i
         fields |= {"embedding_size": EMBEDDING_SIZE}
     if model_type == "electra":
         fields |= {"embedding_size": hidden if size in ("base", "large") else EMBEDDING_SIZE}
+    if dropout is not None:
+        distil = model_type == "distilbert"
+        names = ("dropout", "attention_dropout") if distil else ("hidden_dropout_prob", "attention_probs_dropout_prob")
+        fields |= dict.fromkeys(names, dropout)
+    if initializer_range is not None:
+        fields["initializer_range"] = initializer_range
     config_class = AutoModel.class_of(model_type).config_class
     return config_class.from_dict({**fields, "max_position_embeddings": positions})
 

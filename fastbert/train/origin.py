@@ -79,8 +79,10 @@ class Origin:
         Raises:
             ValueError: a model with fewer ids or positions than are needed.
         """
-        length = self.arguments.seq_length
-        config = self.config or build_config(self.model_type, self.arguments.size, tokenizer, length)
+        told, length = self.arguments, self.arguments.seq_length
+        config = self.config or build_config(
+            self.model_type, told.size, tokenizer, length, told.dropout, told.initializer_range
+        )
         if tokenizer.num_ids > config.vocab_size:
             raise ValueError(
                 f"the tokenizer has {tokenizer.num_ids} ids but the model a vocabulary of {config.vocab_size}"

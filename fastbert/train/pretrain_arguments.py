@@ -64,6 +64,14 @@ class PretrainArguments(TrainArguments):
     )
     size: Literal["tiny", "mini", "small", "medium", "base", "large"] = option("base", "Model", "Of a new model.")
     config_json: str | None = option(None, "Model", "A config.json of a new model, instead of family and size.")
+    dropout: float | None = option(
+        None, "Model", "Of a new model: hidden states and attention; None = the family's (0.1, albert 0)."
+    )
+    initializer_range: float | None = option(
+        None,
+        "Model",
+        "Of a new model: deviation of its weights (0.02). Narrow ones learn far sooner from 1 / sqrt(hidden size).",
+    )
     generator_size: float = option(0.25, "Model", "electra: width of the generator, as a share.")
     teacher: str | None = option(None, "Model", "distil: folder or hub id of a masked language model.")
     student_layers: int | None = option(None, "Model", "distil: layers of the student; None = half of the teacher's.")
@@ -90,6 +98,8 @@ class PretrainArguments(TrainArguments):
             self._require(name, lambda v: v >= 1, "1 or more")
         for name in ("generator_size", "mlm_probability"):
             self._require(name, lambda v: 0 < v <= 1, "above 0 and at most 1")
+        self._require("dropout", lambda v: 0 <= v < 1, "at least 0 and below 1")
+        self._require("initializer_range", lambda v: v > 0, "above 0")
         self._require("short_seq_prob", lambda v: 0 <= v <= 1, "between 0 and 1")
         self._require("holdout", lambda v: 0 <= v < 1, "at least 0 and below 1")
         self._exclude(bool(self.eval_data) and self.holdout > 0, "eval_data", "holdout")
@@ -98,6 +108,9 @@ class PretrainArguments(TrainArguments):
         self._exclude(self.model is not None and self.vocab_size is not None, "model", "vocab_size")
         self._exclude(self.teacher is not None and self.vocab_size is not None, "teacher", "vocab_size")
         self._exclude(self.teacher is not None and self.model is not None, "teacher", "model")
+        for name in ("dropout", "initializer_range"):
+            for source in ("model", "config_json", "teacher"):
+                self._exclude(getattr(self, name) is not None and getattr(self, source) is not None, name, source)
         if self.teacher is not None and self.objective not in ("auto", "distil"):
             raise ValueError(f"teacher is {self.teacher!r}, but the objective is {self.objective!r}, which has none")
 
