@@ -47,30 +47,43 @@ void gelu_bwd(Arg dy_, Arg x_, Arg bias_, Arg dx_, Arg dbias_, bool tanh) {
   launch(x, [&](auto& k) { k.gelu_bwd(dy, x, bias, dx, dbias, rows, F, tanh); });
 }
 
-void add_layer_norm_fwd(Arg x_, Arg residual_, Arg weight_, Arg bias_, Arg y_, Arg mean_, Arg rstd_, float eps,
-                        double p, int64_t seed) {
-  VIEW(x); VIEW(residual); VIEW(weight); VIEW(bias); VIEW(y); VIEW(mean); VIEW(rstd);
-  const int64_t rows = x.expect_float().rows(), D = x.columns();
-  residual.expect_like(x);
-  y.expect_like(x);
-  for (const View* v : {&weight, &bias}) v->expect(Dtype::float32, {D});
-  for (const View* v : {&mean, &rstd}) v->expect(Dtype::float32, {rows});
+// residual, y and their gradients have one dtype: that of x, or float32.
+template <class Run>
+void launch_add_layer_norm(const View& x, const View& y, Run&& run) {
   launch(x, [&](auto& k) {
-    k.add_layer_norm_fwd(x, residual, weight, bias, y, mean, rstd, rows, D, eps, make_dropout(p, seed));
+    if (y.is(Dtype::float32))
+      run(k.add_layer_norm_wide);
+    else
+      run(k.add_layer_norm);
   });
 }
 
-void add_layer_norm_bwd(Arg dy_, Arg x_, Arg residual_, Arg weight_, Arg mean_, Arg rstd_, Arg dx_, Arg dresidual_,
-                        Arg dweight_, Arg dbias_, double p, int64_t seed) {
-  VIEW(dy); VIEW(x); VIEW(residual); VIEW(weight); VIEW(mean); VIEW(rstd);
-  VIEW(dx); VIEW(dresidual); VIEW(dweight); VIEW(dbias);
+void add_layer_norm_fwd(Arg x_, Arg x_bias_, Arg residual_, Arg weight_, Arg bias_, Arg y_, Arg mean_, Arg rstd_,
+                        float eps, double p, int64_t seed) {
+  VIEW(x); VIEW(x_bias); VIEW(residual); VIEW(weight); VIEW(bias); VIEW(y); VIEW(mean); VIEW(rstd);
   const int64_t rows = x.expect_float().rows(), D = x.columns();
-  for (const View* v : {&dy, &residual, &dx, &dresidual}) v->expect_like(x);
-  for (const View* v : {&weight, &dweight, &dbias}) v->expect(Dtype::float32, {D});
+  y.expect_widened(x);
+  residual.expect_like(y);
+  for (const View* v : {&x_bias, &weight, &bias}) v->expect(Dtype::float32, {D});
   for (const View* v : {&mean, &rstd}) v->expect(Dtype::float32, {rows});
-  launch(x, [&](auto& k) {
-    k.add_layer_norm_bwd(dy, x, residual, weight, mean, rstd, dx, dresidual, dweight, dbias, rows, D,
-                         make_dropout(p, seed));
+  launch_add_layer_norm(x, y, [&](auto& op) {
+    op.fwd(x, x_bias, residual, weight, bias, y, mean, rstd, rows, D, eps, make_dropout(p, seed));
+  });
+}
+
+void add_layer_norm_bwd(Arg dy_, Arg x_, Arg x_bias_, Arg residual_, Arg weight_, Arg mean_, Arg rstd_, Arg dx_,
+                        Arg dx_bias_, Arg dresidual_, Arg dweight_, Arg dbias_, double p, int64_t seed) {
+  VIEW(dy); VIEW(x); VIEW(x_bias); VIEW(residual); VIEW(weight); VIEW(mean); VIEW(rstd);
+  VIEW(dx); VIEW(dx_bias); VIEW(dresidual); VIEW(dweight); VIEW(dbias);
+  const int64_t rows = x.expect_float().rows(), D = x.columns();
+  dy.expect_widened(x);
+  dx.expect_like(x);
+  for (const View* v : {&residual, &dresidual}) v->expect_like(dy);
+  for (const View* v : {&x_bias, &dx_bias, &weight, &dweight, &dbias}) v->expect(Dtype::float32, {D});
+  for (const View* v : {&mean, &rstd}) v->expect(Dtype::float32, {rows});
+  launch_add_layer_norm(x, dy, [&](auto& op) {
+    op.bwd(dy, x, x_bias, residual, weight, mean, rstd, dx, dx_bias, dresidual, dweight, dbias, rows, D,
+           make_dropout(p, seed));
   });
 }
 

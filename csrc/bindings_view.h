@@ -95,6 +95,11 @@ class View {
     return same_dtype(other).expect(other.tensor_.shape, other.ndim());
   }
 
+  // The shape of `other`, and its dtype or float32.
+  const View& expect_widened(const View& other) const {
+    return (is(Dtype::float32) ? *this : same_dtype(other)).expect(other.tensor_.shape, other.ndim());
+  }
+
   template <class T>
   operator T*() const {
     return reinterpret_cast<T*>(static_cast<char*>(tensor_.data) + tensor_.byte_offset);

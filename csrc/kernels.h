@@ -31,12 +31,18 @@ struct Kernels {
   void (*gelu_bwd)(const T* dy, const T* x, const float* bias, T* dx, float* dbias, std::int64_t rows, std::int64_t F,
                    bool tanh);
 
-  // y = LN(residual + dropout(x)); mean and rstd (T). dresidual may be null.
-  void (*add_layer_norm_fwd)(const T* x, const T* residual, const float* weight, const float* bias, T* y, float* mean,
-                             float* rstd, std::int64_t rows, std::int64_t D, float eps, Dropout dropout);
-  void (*add_layer_norm_bwd)(const T* dy, const T* x, const T* residual, const float* weight, const float* mean,
-                             const float* rstd, T* dx, T* dresidual, float* dweight, float* dbias, std::int64_t rows,
-                             std::int64_t D, Dropout dropout);
+  // y = LN(residual + dropout(x + x_bias)); mean and rstd (T). x_bias (D), residual and their gradients may be null.
+  // Wide: residual and y are float, as under autocast.
+  template <class R>
+  struct AddLayerNorm {
+    void (*fwd)(const T* x, const float* x_bias, const R* residual, const float* weight, const float* bias, R* y,
+                float* mean, float* rstd, std::int64_t rows, std::int64_t D, float eps, Dropout dropout);
+    void (*bwd)(const R* dy, const T* x, const float* x_bias, const R* residual, const float* weight,
+                const float* mean, const float* rstd, T* dx, float* dx_bias, R* dresidual, float* dweight,
+                float* dbias, std::int64_t rows, std::int64_t D, Dropout dropout);
+  };
+  AddLayerNorm<T> add_layer_norm;
+  AddLayerNorm<float> add_layer_norm_wide;
 
   // y = dropout(LN(word[input_ids] + token_type[type_ids] + position[position_ids])). The tables' gradients are fp32,
   // zeroed by the caller; padding_idx < 0 is none.

@@ -104,34 +104,50 @@ def gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str) -> tu
     return dx, dbias.to(bias.dtype)
 
 
+def _optional(x: Tensor | None) -> Tensor | None:
+    return None if x is None else _parameter(x)
+
+
 def add_layer_norm_fwd(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dropout_p: float, seed: int
+    x: Tensor,
+    x_bias: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dropout_p: float,
+    seed: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, and mean and 1/std (fp32) of each row."""
-    y, mean, rstd = torch.empty_like(x), _rows(x), _rows(x)
-    require().add_layer_norm_fwd(x, residual, _parameter(weight), _parameter(bias), y, mean, rstd, eps, dropout_p, seed)
+    """y in the dtype of the residual, and mean and 1/std (fp32) of each row."""
+    y, mean, rstd = torch.empty_like(x if residual is None else residual), _rows(x), _rows(x)
+    parameters = _parameter(weight), _parameter(bias)
+    require().add_layer_norm_fwd(x, _optional(x_bias), residual, *parameters, y, mean, rstd, eps, dropout_p, seed)
     return y, mean, rstd
 
 
 def add_layer_norm_bwd(
     dy: Tensor,
     x: Tensor,
+    x_bias: Tensor | None,
     residual: Tensor | None,
     weight: Tensor,
     mean: Tensor,
     rstd: Tensor,
     dropout_p: float,
     seed: int,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """dx, dresidual, dweight, dbias. Without dropout dx and dresidual are one tensor: they are equal."""
-    dx = torch.empty_like(x)
-    dresidual = torch.empty_like(x) if residual is not None and dropout_p > 0.0 else None
-    wide = _parameter(weight)
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
+    """dx, dx_bias, dresidual, dweight, dbias. dx and dresidual are one tensor where they are equal."""
+    dx, wide_x_bias, wide = torch.empty_like(x), _optional(x_bias), _parameter(weight)
+    same = residual is not None and residual.dtype == x.dtype and dropout_p == 0.0
+    dresidual = None if residual is None or same else torch.empty_like(residual)
+    dx_bias = None if wide_x_bias is None else torch.empty_like(wide_x_bias)
     dweight, dbias = torch.empty_like(wide), torch.empty_like(wide)
-    require().add_layer_norm_bwd(dy, x, residual, wide, mean, rstd, dx, dresidual, dweight, dbias, dropout_p, seed)
-    if residual is not None and dresidual is None:
-        dresidual = dx
-    return dx, dresidual, dweight.to(weight.dtype), dbias.to(weight.dtype)
+    require().add_layer_norm_bwd(
+        dy, x, wide_x_bias, residual, wide, mean, rstd, dx, dx_bias, dresidual, dweight, dbias, dropout_p, seed
+    )
+    if x_bias is not None and dx_bias is not None:
+        dx_bias = dx_bias.to(x_bias.dtype)
+    return dx, dx_bias, dx if same else dresidual, dweight.to(weight.dtype), dbias.to(weight.dtype)
 
 
 def embed_fwd(

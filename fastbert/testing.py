@@ -50,16 +50,18 @@ def assert_within_budget(
 
 @dataclass(frozen=True)
 class Case:
-    """One op on one set of inputs. `make(generator)` gives its keyword arguments, floating tensors in fp64."""
+    """One op on one set of inputs. `make(generator)` gives its keyword arguments, floating tensors in fp64; those named
+    in `wide` are fp32 whatever dtype is tested, as parameters are under autocast."""
 
     op: str
     name: str
     make: Callable[[torch.Generator], Inputs]
+    wide: tuple[str, ...] = ()
 
     def inputs(self, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Inputs:
         """Fresh inputs, rounded to `dtype`, that require gradients."""
         made = self.make(torch.Generator().manual_seed(seed))
-        return {k: self._place(v, dtype, device) for k, v in made.items()}
+        return {k: self._place(v, torch.float32 if k in self.wide else dtype, device) for k, v in made.items()}
 
     @staticmethod
     def _place(value: Any, dtype: torch.dtype, device: str) -> Any:
@@ -137,10 +139,11 @@ def _gelu(T: int, F: int, *, bias: bool = True, approximate: str = "none", scale
 
 
 def _add_layer_norm(
-    T: int, D: int, *, residual: bool = True, p: float = 0.0, eps: float = 1e-12, offset: float = 0.0
+    T: int, D: int, *, residual: bool = True, p: float = 0.0, eps: float = 1e-12, offset: float = 0.0, linear: bool = False,
 ) -> Callable[..., Inputs]:
     return lambda g: {
         "x": _normal(g, T, D) + offset,
+        **({"x_bias": _normal(g, D)} if linear else {}),
         "residual": _normal(g, T, D) if residual else None,
         "weight": 1 + _normal(g, D, scale=0.2),
         "bias": _normal(g, D, scale=0.2),
@@ -202,6 +205,7 @@ def _cross_entropy(
     return make
 
 
+_AUTOCAST = ("x_bias", "residual", "weight", "bias")
 _RAGGED = [5, 1, 0, 24, 7]  # 37 tokens, with a sequence of one token and an empty one
 
 CASES: list[Case] = [
@@ -217,8 +221,13 @@ CASES: list[Case] = [
     Case("add_layer_norm", "offset", _add_layer_norm(9, 384, offset=50.0)),
     Case("add_layer_norm", "eps", _add_layer_norm(37, 64, eps=0.1)),
     Case("add_layer_norm", "dropout", _add_layer_norm(37, 65, p=0.3)),
+    Case("add_layer_norm", "x_bias", _add_layer_norm(37, 65, linear=True)),
+    Case("add_layer_norm", "x_bias_dropout", _add_layer_norm(70, 13, p=0.3, linear=True)),
+    Case("add_layer_norm", "autocast", _add_layer_norm(37, 65, linear=True), _AUTOCAST),
+    Case("add_layer_norm", "autocast_dropout", _add_layer_norm(37, 65, p=0.3, linear=True), _AUTOCAST),
+    Case("add_layer_norm", "autocast_no_residual", _add_layer_norm(37, 33, residual=False), ("weight", "bias")),
     *(Case("add_layer_norm", f"rows_{T}", _add_layer_norm(T, 32)) for T in (63, 64, 65)),
-    Case("add_layer_norm", "bert_base", _add_layer_norm(128, 768, p=0.1)),
+    Case("add_layer_norm", "bert_base", _add_layer_norm(128, 768, p=0.1, linear=True)),
     Case("embed", "one_token", _embed(1, 8)),
     Case("embed", "ragged", _embed(37, 13)),
     Case("embed", "no_types", _embed(37, 13, types=False)),

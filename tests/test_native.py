@@ -336,7 +336,7 @@ def test_nan_and_infinity_come_out_as_in_torch():
         assert y[1] == float("inf")
     z = torch.randn(2, 20)
     z[0, 3] = float("nan")
-    y, _, _ = native.add_layer_norm_fwd(z, None, torch.ones(20), torch.zeros(20), 1e-12, 0.0, 0)
+    y, _, _ = native.add_layer_norm_fwd(z, None, None, torch.ones(20), torch.zeros(20), 1e-12, 0.0, 0)
     assert y[0].isnan().all()
     assert y[1].isfinite().all()
     qkv = torch.randn(6, 3, 1, 8)

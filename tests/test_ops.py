@@ -94,11 +94,14 @@ def _nn_embed(input_ids, position_ids, type_ids, word, position, token_type, wei
     return F.layer_norm(z, z.shape[-1:], weight, bias, eps)
 
 
+def _nn_add_layer_norm(x, residual, weight, bias, eps, x_bias=None, **_):
+    z = sum(part for part in (x, residual, x_bias) if part is not None)
+    return F.layer_norm(z, z.shape[-1:], weight, bias, eps)
+
+
 INDEPENDENT = {
     "gelu": lambda x, bias, approximate: F.gelu(x if bias is None else x + bias, approximate=approximate),
-    "add_layer_norm": lambda x, residual, weight, bias, eps, **_: F.layer_norm(
-        x if residual is None else x + residual, x.shape[-1:], weight, bias, eps
-    ),
+    "add_layer_norm": _nn_add_layer_norm,
     "embed": _nn_embed,
     "attention": _sdpa,
     "attention_rel_bias": _sdpa_rel_bias,
@@ -113,7 +116,7 @@ INDEPENDENT = {
 
 @pytest.mark.parametrize("case", [c for c in testing.CASES if "dropout" not in c.name], ids=str)
 def test_reference_equals_torch(case):
-    inputs = case.inputs(torch.float64)
+    inputs = testing.widen(case.inputs(torch.float64))
     inputs |= {"dropout_p": 0.0} if "dropout_p" in inputs else {}
     reference = testing.forward_backward(testing.REFERENCES[case.op], inputs)
     independent = testing.forward_backward(INDEPENDENT[case.op], inputs)
@@ -135,6 +138,10 @@ def _eps_1e_3(x, residual, weight, bias, eps, dropout_p, seed):
 
 def _residual_dropped_too(x, residual, weight, bias, eps, dropout_p, seed):
     return add_layer_norm_ref(x + residual, torch.zeros_like(x), weight, bias, eps, dropout_p, seed)
+
+
+def _bias_after_dropout(x, residual, weight, bias, eps, dropout_p, seed, x_bias):
+    return add_layer_norm_ref(x, residual + x_bias, weight, bias, eps, dropout_p, seed)
 
 
 def _boundary_off_by_one(qkv, cu_seqlens, **rest):
@@ -189,6 +196,8 @@ def _mean_over_all_rows(logits, labels, reduction):
         ("gelu-ragged", _tanh_for_erf),
         ("add_layer_norm-ragged", _eps_1e_3),
         ("add_layer_norm-dropout", _residual_dropped_too),
+        ("add_layer_norm-x_bias_dropout", _bias_after_dropout),
+        ("add_layer_norm-autocast_dropout", _bias_after_dropout),
         ("attention-ragged", _boundary_off_by_one),
         ("attention-equal_runs", _one_sequence),
         ("attention-bert_base", _unscaled),
@@ -333,6 +342,11 @@ def test_max_pooling_keeps_nan_as_torch_does():
         (lambda: ops.gelu(torch.ones(2, 3), torch.ones(4)), ValueError, r"bias has shape \(4,\) but x has 3"),
         (lambda: ops.gelu(torch.ones(2, 3), approximate="erf"), ValueError, "must be one of"),
         (lambda: ops.add_layer_norm(torch.ones(2, 3), None, torch.ones(4), torch.ones(3)), ValueError, "weight has"),
+        (
+            lambda: ops.add_layer_norm(torch.ones(2, 3), None, torch.ones(3), torch.ones(3), x_bias=torch.ones(2)),
+            ValueError,
+            r"x_bias has shape \(2,\) but x has 3",
+        ),
         (
             lambda: ops.add_layer_norm(torch.ones(2, 3), torch.ones(3, 3), torch.ones(3), torch.ones(3)),
             ValueError,

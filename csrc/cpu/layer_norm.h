@@ -45,18 +45,21 @@ INLINE void row_bwd(int64_t D, RowStats stats, const float* weight, float* xhat,
   });
 }
 
-// Per-chunk partial sums of dweight and dbias, and per-thread scratch for row_bwd.
+// Per-chunk partial sums of dweight, dbias and, where a linear layer's bias is added here, its gradient.
 struct ParameterSums {
-  int64_t D;
+  int64_t D, stride;
   RowChunks chunks;
   Scratch partial;
-  ParameterSums(int64_t rows, int64_t D_) : D(D_), chunks(rows), partial(chunks.count * 2 * D_) {}
-  float* dweight(int64_t chunk) { return partial.get() + chunk * 2 * D; }
+  ParameterSums(int64_t rows, int64_t D_, int64_t num_sums = 2)
+      : D(D_), stride(num_sums * D_), chunks(rows), partial(chunks.count * stride) {}
+  float* dweight(int64_t chunk) { return partial.get() + chunk * stride; }
   float* dbias(int64_t chunk) { return dweight(chunk) + D; }
-  void clear(int64_t chunk) { memset(dweight(chunk), 0, 2 * D * sizeof(float)); }
-  void finish(float* dweight_, float* dbias_) {
-    add_chunks(partial.get(), chunks.count, 2 * D, dweight_, D);
-    add_chunks(partial.get() + D, chunks.count, 2 * D, dbias_, D);
+  float* dx_bias(int64_t chunk) { return dweight(chunk) + 2 * D; }
+  void clear(int64_t chunk) { memset(dweight(chunk), 0, stride * sizeof(float)); }
+  void finish(float* dweight_, float* dbias_, float* dx_bias_ = nullptr) {
+    add_chunks(dweight(0), chunks.count, stride, dweight_, D);
+    add_chunks(dbias(0), chunks.count, stride, dbias_, D);
+    if (dx_bias_) add_chunks(dx_bias(0), chunks.count, stride, dx_bias_, D);
   }
 };
 

@@ -18,10 +18,10 @@ def _main() -> None:
     parser.add_argument("--match", default="", help="only calls whose name contains this")
     args = parser.parse_args()
     target, dtype = int(args.target.removeprefix("sm_")), getattr(torch, args.dtype)
-    print(f"{'call':24}{'kernel':20}{'warps':>6}{'regs':>6}{'spill B':>9}{'shared B':>10}{'load B':>8}  tensor cores")
+    print(f"{'call':30}{'kernel':20}{'warps':>6}{'regs':>6}{'spill B':>9}{'shared B':>10}{'load B':>8}  tensor cores")
     for c in compile_ahead(target, dtype, args.head_size, args.dropout, args.match):
         print(
-            f"{c.call:24}{c.kernel:20}{c.num_warps:6}{c.registers:6}{c.spills:9}{c.shared:10}{c.widest('ld'):8}"
+            f"{c.call:30}{c.kernel:20}{c.num_warps:6}{c.registers:6}{c.spills:9}{c.shared:10}{c.widest('ld'):8}"
             f"  {c.matrix_instruction}"
         )
 

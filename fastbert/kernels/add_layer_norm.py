@@ -1,4 +1,4 @@
-"""LN(residual + dropout(x)) and its gradient; z and the dropout bits are computed again in backward."""
+"""LN(residual + dropout(x + x_bias)) and its gradient; z and the dropout bits are computed again in backward."""
 
 from __future__ import annotations
 
@@ -29,8 +29,10 @@ def layer_norm_grad(dy, z, weight, mean, rstd, inside, D: tl.constexpr):
 
 
 @triton.jit
-def _sum(x, residual, offsets, inside, rows, cols, seed, threshold, keep_scale):
+def _sum(x, x_bias, residual, offsets, inside, rows, cols, seed, threshold, keep_scale):
     z = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
+    if x_bias is not None:
+        z += x_bias
     if seed is not None:
         z = tl.where(dropout_keep(seed, threshold, rows[:, None], cols[None, :]), z * keep_scale, 0.0)
     if residual is not None:
@@ -40,7 +42,7 @@ def _sum(x, residual, offsets, inside, rows, cols, seed, threshold, keep_scale):
 
 @triton.jit(do_not_specialize=["seed", "threshold", "T"])
 def _add_layer_norm_fwd_kernel(
-    x, residual, weight, bias, y, mean, rstd, eps, seed, threshold, keep_scale, T,
+    x, x_bias, residual, weight, bias, y, mean, rstd, eps, seed, threshold, keep_scale, T,
     D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """One program: a few whole rows. Memory: reads x and residual, writes y; z lives in registers."""
@@ -48,7 +50,9 @@ def _add_layer_norm_fwd_kernel(
     cols = tl.arange(0, COLS)
     inside = (rows < T)[:, None] & (cols < D)
     offsets = rows.to(tl.int64)[:, None] * D + cols
-    z = _sum(x, residual, offsets, inside, rows, cols, seed, threshold, keep_scale)
+    if x_bias is not None:
+        x_bias = tl.load(x_bias + cols, mask=cols < D, other=0.0).to(tl.float32)
+    z = _sum(x, x_bias, residual, offsets, inside, rows, cols, seed, threshold, keep_scale)
     mu, r = row_statistics(z, inside, eps, D)
     w = tl.load(weight + cols, mask=cols < D, other=0.0).to(tl.float32)
     b = tl.load(bias + cols, mask=cols < D, other=0.0).to(tl.float32)
@@ -59,20 +63,23 @@ def _add_layer_norm_fwd_kernel(
 
 @triton.jit(do_not_specialize=["seed", "threshold", "T"])
 def _add_layer_norm_bwd_kernel(
-    dy, x, residual, weight, mean, rstd, dx, dresidual, partials, seed, threshold, keep_scale, T,
+    dy, x, x_bias, residual, weight, mean, rstd, dx, dresidual, partials, seed, threshold, keep_scale, T,
     D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """One program: every n-th group of rows. Memory: reads dy, x and residual, writes dx (and dresidual under
-    dropout), and one partial sum of dweight and dbias a program."""
+    """One program: every n-th group of rows. Memory: reads dy, x and residual, writes dx (and dresidual where it
+    differs), and one partial sum of dweight, dbias and dx_bias a program."""
     cols = tl.arange(0, COLS)
     w = tl.load(weight + cols, mask=cols < D, other=0.0).to(tl.float32)
     dweight = tl.zeros((ROWS, COLS), tl.float32)
     dbias = tl.zeros((ROWS, COLS), tl.float32)
+    if x_bias is not None:
+        x_bias = tl.load(x_bias + cols, mask=cols < D, other=0.0).to(tl.float32)
+        dx_bias = tl.zeros((ROWS, COLS), tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0)):
         rows = tile * ROWS + tl.arange(0, ROWS)
         inside = (rows < T)[:, None] & (cols < D)
         offsets = rows.to(tl.int64)[:, None] * D + cols
-        z = _sum(x, residual, offsets, inside, rows, cols, seed, threshold, keep_scale)
+        z = _sum(x, x_bias, residual, offsets, inside, rows, cols, seed, threshold, keep_scale)
         mu = tl.load(mean + rows, mask=rows < T, other=0.0)
         r = tl.load(rstd + rows, mask=rows < T, other=0.0)
         g = tl.load(dy + offsets, mask=inside, other=0.0).to(tl.float32)
@@ -84,22 +91,35 @@ def _add_layer_norm_bwd_kernel(
         if seed is not None:
             dz = tl.where(dropout_keep(seed, threshold, rows[:, None], cols[None, :]), dz * keep_scale, 0.0)
         tl.store(dx + offsets, dz, mask=inside)
-    partials += tl.program_id(0).to(tl.int64) * (2 * D) + cols
+        if x_bias is not None:
+            dx_bias += tl.where(inside, dz, 0.0)
+    partials += tl.program_id(0).to(tl.int64) * D + cols
+    n = tl.num_programs(0).to(tl.int64) * D
     tl.store(partials, tl.sum(dweight, 0), mask=cols < D)
-    tl.store(partials + D, tl.sum(dbias, 0), mask=cols < D)
+    tl.store(partials + n, tl.sum(dbias, 0), mask=cols < D)
+    if x_bias is not None:
+        tl.store(partials + 2 * n, tl.sum(dx_bias, 0), mask=cols < D)
 
 
 def add_layer_norm_fwd(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dropout_p: float, seed: int
+    x: Tensor,
+    x_bias: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dropout_p: float,
+    seed: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, and mean and 1/std (fp32) of each row."""
+    """y in the dtype of the residual, and mean and 1/std (fp32) of each row."""
     T, D = x.shape[:-1].numel(), x.shape[-1]
-    y, (mean, rstd) = torch.empty_like(x), torch.empty(2, T, dtype=torch.float32, device=x.device)
+    y = torch.empty_like(x if residual is None else residual)
+    mean, rstd = torch.empty(2, T, dtype=torch.float32, device=x.device)
     tile = norm_tile(D)
     with on_device(x):
         _add_layer_norm_fwd_kernel[(triton.cdiv(T, tile.rows),)](
-            x, residual, weight.contiguous(), bias.contiguous(), y, mean, rstd, eps, *dropout_args(dropout_p, seed),
-            T, D, tile.rows, tile.cols, **tile.options(),
+            x, x_bias, residual, weight.contiguous(), bias.contiguous(), y, mean, rstd, eps,
+            *dropout_args(dropout_p, seed), T, D, tile.rows, tile.cols, **tile.options(),
         )  # fmt: skip
     return y, mean, rstd
 
@@ -107,24 +127,30 @@ def add_layer_norm_fwd(
 def add_layer_norm_bwd(
     dy: Tensor,
     x: Tensor,
+    x_bias: Tensor | None,
     residual: Tensor | None,
     weight: Tensor,
     mean: Tensor,
     rstd: Tensor,
     dropout_p: float,
     seed: int,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """dx, dresidual, dweight, dbias. Without dropout dx and dresidual are one tensor: they are equal."""
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
+    """dx, dx_bias, dresidual, dweight, dbias. dx and dresidual are one tensor where they are equal."""
     T, D = x.shape[:-1].numel(), x.shape[-1]
     dx = torch.empty_like(x)
-    dresidual = torch.empty_like(x) if residual is not None and dropout_p > 0.0 else None
+    same = residual is not None and residual.dtype == x.dtype and dropout_p == 0.0
+    dresidual = None if residual is None or same else torch.empty_like(residual)
     tile = norm_bwd_tile(D)
     with on_device(x):
         num_programs = min(triton.cdiv(T, tile.rows), num_partials())
-        partials = torch.empty(num_programs, 2, D, dtype=torch.float32, device=x.device)
+        num_sums = 2 if x_bias is None else 3
+        partials = torch.empty(num_sums, num_programs, D, dtype=torch.float32, device=x.device)
         _add_layer_norm_bwd_kernel[(num_programs,)](
-            dy, x, residual, weight.contiguous(), mean, rstd, dx, dresidual, partials, *dropout_args(dropout_p, seed),
-            T, D, tile.rows, tile.cols, **tile.options(),
+            dy, x, x_bias, residual, weight.contiguous(), mean, rstd, dx, dresidual, partials,
+            *dropout_args(dropout_p, seed), T, D, tile.rows, tile.cols, **tile.options(),
         )  # fmt: skip
-    dweight, dbias = partials.sum(0).to(weight.dtype)
-    return dx, dx if residual is not None and dresidual is None else dresidual, dweight, dbias
+    dweight, dbias, *dx_bias = partials.sum(1)
+    return (
+        dx, None if x_bias is None else dx_bias[0].to(x_bias.dtype), dx if same else dresidual,
+        dweight.to(weight.dtype), dbias.to(weight.dtype),
+    )  # fmt: skip

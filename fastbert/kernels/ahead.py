@@ -87,6 +87,7 @@ def _calls(dtype: torch.dtype, K: int, p: float) -> dict[str, Callable[[], Any]]
     x, w, g = torch.empty(T, D, dtype=dtype), torch.empty(D, dtype=dtype), torch.empty(T, F, dtype=dtype)
     b, logits = torch.empty(F, dtype=dtype), torch.empty(T, V, dtype=dtype)
     qkv, out, rel_bias = (torch.empty(*shape, dtype=dtype) for shape in ((T, 3, H, K), (T, H, K), (H, 255)))
+    y, f = torch.empty(T, D), torch.empty(D)  # fp32 whatever the dtype
     row, lse, scale = torch.empty(T), torch.empty(T, H), torch.empty(())
     ids, cu = torch.zeros(T, dtype=torch.int64), torch.zeros(S + 1, dtype=torch.int32)
     tables, pooled = (ids, ids, ids, x, x, x), torch.empty(S, D, dtype=dtype)
@@ -108,8 +109,10 @@ def _calls(dtype: torch.dtype, K: int, p: float) -> dict[str, Callable[[], Any]]
         "gelu_bwd": lambda: gelu_bwd(g, g, b, "none"),
         "gelu_fwd tanh": lambda: gelu_fwd(g, b, "tanh"),
         "gelu_bwd tanh": lambda: gelu_bwd(g, g, b, "tanh"),
-        "add_layer_norm_fwd": lambda: add_layer_norm_fwd(x, x, w, w, 1e-12, p, 1),
-        "add_layer_norm_bwd": lambda: add_layer_norm_bwd(x, x, x, w, row, row, p, 1),
+        "add_layer_norm_fwd": lambda: add_layer_norm_fwd(x, w, x, w, w, 1e-12, p, 1),
+        "add_layer_norm_bwd": lambda: add_layer_norm_bwd(x, x, w, x, w, row, row, p, 1),
+        "add_layer_norm_fwd autocast": lambda: add_layer_norm_fwd(x, f, y, f, f, 1e-12, p, 1),
+        "add_layer_norm_bwd autocast": lambda: add_layer_norm_bwd(y, x, f, y, f, row, row, p, 1),
         "embed_fwd": lambda: embed_fwd(*tables, w, w, 1e-12, p, 1),
         "embed_bwd": lambda: embed_bwd(x, *tables, w, row, row, 0, p, 1),
         "pool_fwd mean": lambda: pool_fwd(x, cu, "mean"),

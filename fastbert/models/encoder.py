@@ -18,6 +18,7 @@ from torch import nn
 
 from fastbert.models.activations import activation
 from fastbert.models.layer_stack import LayerStack, Trace
+from fastbert.models.plain import split_linear
 from fastbert.models.outputs import BaseModelOutput, BaseModelOutputWithPooling
 from fastbert.models.pretrained import PreTrainedModel
 from fastbert.ops import add_layer_norm, attention, embed, pool
@@ -26,6 +27,7 @@ from fastbert.ops.dropout import draw_seed, dropout_ref
 from fastbert.packing import PackedBatch, Padding, pack_padded
 
 Layers = bool | int | Sequence[int]
+Split = tuple[torch.Tensor, torch.Tensor | None]
 
 
 @cache
@@ -50,10 +52,12 @@ class AddLayerNorm(nn.LayerNorm):
         super().__init__(hidden_size, eps=eps)
         self.dropout_p = dropout_p
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """(T, D), (T, D) -> (T, D)."""
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, x_bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(T, D), (T, D), (D) -> (T, D)."""
         p = self.dropout_p if self.training else 0.0
-        return add_layer_norm(x, residual, self.weight, self.bias, self.eps, p, draw_seed(p))
+        return add_layer_norm(x, residual, self.weight, self.bias, self.eps, p, draw_seed(p), x_bias)
 
 
 class Embeddings(nn.Module):
@@ -88,7 +92,7 @@ class Embeddings(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention and its output projection."""
+    """Multi-head self-attention and its output projection, whose bias is left to the norm after it."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -100,18 +104,18 @@ class SelfAttention(nn.Module):
 
     def forward(
         self, x: torch.Tensor, batch: PackedBatch, trace: Trace, rel_bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """(T, D) -> (T, D). `rel_bias` as in `fastbert.ops.attention`."""
+    ) -> Split:
+        """(T, D) -> (T, D) and the bias (D) to add. `rel_bias` as in `fastbert.ops.attention`."""
         qkv = self.qkv(x).view(x.shape[0], 3, self.num_heads, x.shape[1] // self.num_heads)
         if trace.attentions is not None:
             trace.attentions.append(attention_probs(qkv, batch.cu_seqlens, rel_bias=rel_bias))
         p = self.dropout_p if self.training else 0.0
         context = attention(qkv, batch.cu_seqlens, batch.max_seqlen, dropout_p=p, seed=draw_seed(p), rel_bias=rel_bias)
-        return self.dense(context.flatten(1))
+        return split_linear(self.dense, context.flatten(1))
 
 
 class FeedForward(nn.Module):
-    """Two linears with an activation between."""
+    """Two linears with an activation between; the second one's bias is left to the norm after it."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -119,9 +123,9 @@ class FeedForward(nn.Module):
         self.output = nn.Linear(config.intermediate_size, config.hidden_size)
         self.act = activation(config.hidden_act)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(T, D) -> (T, D)."""
-        return self.output(self.act(self.intermediate(x)))
+    def forward(self, x: torch.Tensor) -> Split:
+        """(T, D) -> (T, D) and the bias (D) to add."""
+        return split_linear(self.output, self.act(self.intermediate(x)))
 
 
 class Layer(nn.Module):
@@ -139,8 +143,10 @@ class Layer(nn.Module):
         self, x: torch.Tensor, batch: PackedBatch, trace: Trace, rel_bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         """(T, D) -> (T, D). `rel_bias` as in `fastbert.ops.attention`."""
-        x = self.attention_LayerNorm(self.attention(x, batch, trace, rel_bias), x)
-        return self.output_LayerNorm(self.feed_forward(x), x)
+        y, bias = self.attention(x, batch, trace, rel_bias)
+        x = self.attention_LayerNorm(y, x, bias)
+        y, bias = self.feed_forward(x)
+        return self.output_LayerNorm(y, x, bias)
 
 
 class Encoder(LayerStack):

@@ -1,4 +1,4 @@
-"""y = LN(residual + dropout(x)), LN(z) = (z - mean(z)) / sqrt(var(z) + eps) * w + b over the last axis."""
+"""y = LN(residual + dropout(x + x_bias)), LN(z) = (z - mean(z)) / sqrt(var(z) + eps) * w + b over the last axis."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ def add_layer_norm_ref(
     eps: float,
     dropout_p: float = 0.0,
     seed: Seed = 0,
+    x_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The specification: sum, statistics and affine in fp32 (fp64 for fp64), one rounding at the end."""
     out_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     wide = torch.promote_types(out_dtype, torch.float32)
-    z = dropout_ref(x.to(wide), dropout_p, seed)
+    z = x.to(wide) if x_bias is None else x.to(wide) + x_bias.to(wide)
+    z = dropout_ref(z, dropout_p, seed)
     if residual is not None:
         z = z + residual.to(wide)
     return F.layer_norm(z, z.shape[-1:], weight.to(wide), bias.to(wide), eps).to(out_dtype)
@@ -37,6 +39,7 @@ class AddLayerNormFunction(torch.autograd.Function):
         ctx: Any,
         backend: Any,
         x: torch.Tensor,
+        x_bias: torch.Tensor | None,
         residual: torch.Tensor | None,
         weight: torch.Tensor,
         bias: torch.Tensor,
@@ -44,18 +47,15 @@ class AddLayerNormFunction(torch.autograd.Function):
         dropout_p: float,
         seed: Seed,
     ) -> torch.Tensor:
-        y, mean, rstd = backend.add_layer_norm_fwd(x, residual, weight, bias, eps, dropout_p, seed)
+        y, mean, rstd = backend.add_layer_norm_fwd(x, x_bias, residual, weight, bias, eps, dropout_p, seed)
         ctx.backend, ctx.dropout_p, ctx.seed = backend, dropout_p, seed
-        ctx.save_for_backward(x, residual, weight, mean, rstd)
+        ctx.save_for_backward(x, x_bias, residual, weight, mean, rstd)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
-        x, residual, weight, mean, rstd = ctx.saved_tensors
-        dx, dresidual, dweight, dbias = ctx.backend.add_layer_norm_bwd(
-            dy.contiguous(), x, residual, weight, mean, rstd, ctx.dropout_p, ctx.seed
-        )
-        return None, dx, dresidual, dweight, dbias, None, None, None
+        gradients = ctx.backend.add_layer_norm_bwd(dy.contiguous(), *ctx.saved_tensors, ctx.dropout_p, ctx.seed)
+        return None, *gradients, None, None, None
 
 
 def add_layer_norm(
@@ -66,6 +66,7 @@ def add_layer_norm(
     eps: float = 1e-12,
     dropout_p: float = 0.0,
     seed: Seed = 0,
+    x_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Dropout, residual addition and layer normalisation in one op (Ba et al. 2016, arXiv 1607.06450).
 
@@ -74,10 +75,13 @@ def add_layer_norm(
         residual: (T, D) input of the sublayer, or None for a plain layer norm.
         weight, bias: (D).
         eps: added to the variance inside the root, in fp32 whatever the dtype (1e-12 is zero in fp16).
-        dropout_p, seed: dropout on `x` before the sum; see `fastbert.ops.dropout`.
+        dropout_p, seed: dropout on `x + x_bias` before the sum; see `fastbert.ops.dropout`.
+        x_bias: (D) or None: the bias of the linear layer before, added here so that its GEMM need not; its gradient is
+            summed as dx is written, not read again.
 
     Returns:
-        (T, D) in the wider dtype of `x` and `residual`. Statistics are fp32 (fp64 for fp64 inputs).
+        (T, D) in the wider dtype of `x` and `residual`. Statistics are fp32 (fp64 for fp64 inputs). A kernel takes
+        `x` in half precision with an fp32 residual and fp32 parameters too, as autocast has them.
         Saved for backward: `x`, `residual`, mean and 1/std of each row (T); never the dropout mask.
 
     Raises:
@@ -87,13 +91,16 @@ def add_layer_norm(
         raise ValueError(
             f"weight has {tuple(weight.shape)} and bias {tuple(bias.shape)} features but x has {x.shape[-1]}"
         )
+    if x_bias is not None and x_bias.shape != x.shape[-1:]:
+        raise ValueError(f"x_bias has shape {tuple(x_bias.shape)} but x has {x.shape[-1]} features")
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"residual has shape {tuple(residual.shape)} but x has {tuple(x.shape)}")
     check_dropout(dropout_p)
-    same_dtype = residual is None or residual.dtype == x.dtype
-    check_devices(x=x, residual=residual, weight=weight, bias=bias)
-    backend = backend_for("add_layer_norm", x) if same_dtype and weight.dtype == x.dtype else None
+    check_devices(x=x, residual=residual, weight=weight, bias=bias, x_bias=x_bias)
+    others = [t.dtype for t in (residual, weight, bias, x_bias) if t is not None]
+    known = all(dtype in (x.dtype, torch.float32) for dtype in others)
+    backend = backend_for("add_layer_norm", x) if known else None
     if backend is None:
-        return add_layer_norm_ref(x, residual, weight, bias, eps, dropout_p, seed)
+        return add_layer_norm_ref(x, residual, weight, bias, eps, dropout_p, seed, x_bias)
     residual = None if residual is None else residual.contiguous()
-    return AddLayerNormFunction.apply(backend, x.contiguous(), residual, weight, bias, eps, dropout_p, seed)
+    return AddLayerNormFunction.apply(backend, x.contiguous(), x_bias, residual, weight, bias, eps, dropout_p, seed)

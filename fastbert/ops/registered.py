@@ -85,38 +85,53 @@ gelu_fwd, gelu_bwd = _ops.gelu_fwd, _ops.gelu_bwd
 # add_layer_norm
 
 
-def _add_layer_norm_bwd(
-    dy: Tensor, x: Tensor, residual: Tensor | None, weight: Tensor, mean: Tensor, rstd: Tensor, p: float, seed: Tensor
-) -> tuple[Tensor | None, ...]:
-    dx, dresidual, dweight, dbias = _real("add_layer_norm", x).add_layer_norm_bwd(
-        dy, x, residual, weight, mean, rstd, p, int(seed)
+def _add_layer_norm_fwd_fake(x: Tensor, x_bias: Tensor | None, residual: Tensor | None, *rest: Any) -> Any:
+    return torch.empty_like(x if residual is None else residual), _rows(x), _rows(x)
+
+
+def _add_layer_norm_bwd(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
+    dx, dx_bias, dresidual, *parameters = _real("add_layer_norm", x).add_layer_norm_bwd(
+        dy, x, *rest[:-1], int(rest[-1])
     )
-    return dx, None if dresidual is dx else dresidual, dweight, dbias  # an output must not be another one's alias
+    return dx, dx_bias, None if dresidual is dx else dresidual, *parameters  # an output must not be another one's alias
+
+
+def _one_gradient(x: Tensor, residual: Tensor | None, p: float) -> bool:
+    """Whether the residual's gradient is dx."""
+    return residual is not None and residual.dtype == x.dtype and p == 0.0
+
+
+def _add_layer_norm_bwd_fake(
+    dy: Tensor, x: Tensor, x_bias: Tensor | None, residual: Tensor | None, weight: Tensor, mean: Any, rstd: Any,
+    p: float, seed: Tensor,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    return _like(x, x_bias, None if _one_gradient(x, residual, p) else residual, weight, weight)
 
 
 _register(
-    "add_layer_norm_fwd(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps, float dropout_p, "
-    "Tensor seed) -> (Tensor, Tensor, Tensor)",
-    lambda x, residual, weight, bias, eps, p, seed: _real("add_layer_norm", x).add_layer_norm_fwd(
-        x, residual, weight, bias, eps, p, int(seed)
-    ),
-    lambda x, residual, weight, bias, eps, p, seed: (torch.empty_like(x), _rows(x), _rows(x)),
+    "add_layer_norm_fwd(Tensor x, Tensor? x_bias, Tensor? residual, Tensor weight, Tensor bias, float eps, "
+    "float dropout_p, Tensor seed) -> (Tensor, Tensor, Tensor)",
+    lambda x, *rest: _real("add_layer_norm", x).add_layer_norm_fwd(x, *rest[:-1], int(rest[-1])),
+    _add_layer_norm_fwd_fake,
 )
 _register(
-    "add_layer_norm_bwd(Tensor dy, Tensor x, Tensor? residual, Tensor weight, Tensor mean, Tensor rstd, "
-    "float dropout_p, Tensor seed) -> (Tensor, Tensor?, Tensor, Tensor)",
+    "add_layer_norm_bwd(Tensor dy, Tensor x, Tensor? x_bias, Tensor? residual, Tensor weight, Tensor mean, "
+    "Tensor rstd, float dropout_p, Tensor seed) -> (Tensor, Tensor?, Tensor?, Tensor, Tensor)",
     _add_layer_norm_bwd,
-    lambda dy, x, residual, weight, mean, rstd, p, seed: _like(x, residual if p > 0.0 else None, weight, weight),
+    _add_layer_norm_bwd_fake,
 )
 add_layer_norm_fwd = _seeded(_ops.add_layer_norm_fwd)
 
 
 def add_layer_norm_bwd(
-    dy: Tensor, x: Tensor, residual: Tensor | None, weight: Tensor, mean: Tensor, rstd: Tensor, p: float, seed: Seed
-) -> tuple[Tensor | None, ...]:
-    """dx, dresidual, dweight, dbias; dresidual is dx where nothing is dropped."""
-    dx, dresidual, dweight, dbias = _seeded(_ops.add_layer_norm_bwd)(dy, x, residual, weight, mean, rstd, p, seed)
-    return dx, dx if residual is not None and dresidual is None else dresidual, dweight, dbias
+    dy: Tensor, x: Tensor, x_bias: Tensor | None, residual: Tensor | None, weight: Tensor, mean: Tensor, rstd: Tensor,
+    p: float, seed: Seed,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """dx, dx_bias, dresidual, dweight, dbias; dresidual is dx where they are equal."""
+    dx, dx_bias, dresidual, *parameters = _seeded(_ops.add_layer_norm_bwd)(
+        dy, x, x_bias, residual, weight, mean, rstd, p, seed
+    )
+    return dx, dx_bias, dx if _one_gradient(x, residual, p) else dresidual, *parameters
 
 
 # embed

@@ -21,6 +21,7 @@ from transformers.models.mpnet import modeling_mpnet
 from transformers.models.roberta import modeling_roberta
 from transformers.models.xlm_roberta import modeling_xlm_roberta
 
+from fastbert.models.plain import is_plain, split_linear
 from fastbert.ops import add_layer_norm, attention, gelu
 from fastbert.ops.dropout import draw_seed
 from fastbert.packing import Padding
@@ -38,14 +39,9 @@ class Rows:
     rel_bias: torch.Tensor | None = None
 
 
-def _plain(module: nn.Module, kind: type) -> bool:
-    """Whether calling the module can only mean what its class says: PEFT, quantisation and patches make others."""
-    return type(module) is kind and "forward" not in vars(module)
-
-
 def _linears(x: torch.Tensor, *modules: Any) -> torch.Tensor:
     """Outputs of several linears side by side; one GEMM where none is wrapped and weights are the smaller copy."""
-    if x.shape[0] > x.shape[1] and all(_plain(m, nn.Linear) for m in modules):
+    if x.shape[0] > x.shape[1] and all(is_plain(m, nn.Linear) for m in modules):
         weight, bias = torch.cat([m.weight for m in modules]), torch.cat([m.bias for m in modules])
         return F.linear(x, weight, bias)
     return torch.cat([m(x) for m in modules], dim=-1)
@@ -58,11 +54,15 @@ def _attend(x: torch.Tensor, qkv: torch.Tensor, heads: int, dropout: nn.Dropout,
     return out.flatten(1)
 
 
-def _add_norm(norm: Any, x: torch.Tensor, residual: torch.Tensor, dropout: nn.Dropout | None) -> torch.Tensor:
+def _add_norm(
+    norm: Any, linear: Any, x: torch.Tensor, residual: torch.Tensor, dropout: nn.Dropout | None
+) -> torch.Tensor:
+    """LN(residual + dropout(linear(x)))."""
     p = dropout.p if dropout is not None and dropout.training else 0.0
-    if _plain(norm, nn.LayerNorm):
-        return add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, p, draw_seed(p))
-    return norm(F.dropout(x, p) + residual)
+    if is_plain(norm, nn.LayerNorm):
+        x, bias = split_linear(linear, x)
+        return add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, p, draw_seed(p), bias)
+    return norm(F.dropout(linear(x), p) + residual)
 
 
 def _activate(act: Any, x: torch.Tensor) -> torch.Tensor:
@@ -100,13 +100,13 @@ class BertLike(PackedLayer):
         inner, output = self.attention.self, self.attention.output
         qkv = _linears(x, inner.query, inner.key, inner.value)
         context = _attend(x, qkv, inner.num_attention_heads, inner.dropout, rows)
-        x = _add_norm(output.LayerNorm, output.dense(context), x, output.dropout)
+        x = _add_norm(output.LayerNorm, output.dense, context, x, output.dropout)
         return _feed_forward(self, x)
 
 
 def _feed_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
     y = _activate(layer.intermediate.intermediate_act_fn, layer.intermediate.dense(x))
-    return _add_norm(layer.output.LayerNorm, layer.output.dense(y), x, layer.output.dropout)
+    return _add_norm(layer.output.LayerNorm, layer.output.dense, y, x, layer.output.dropout)
 
 
 class BertLayer(BertLike, modeling_bert.BertLayer):
@@ -139,8 +139,8 @@ class AlbertLayer(PackedLayer, modeling_albert.AlbertLayer):
         inner = self.attention
         qkv = _linears(x, inner.query, inner.key, inner.value)
         context = _attend(x, qkv, inner.num_attention_heads, inner.attention_dropout, rows)
-        x = _add_norm(inner.LayerNorm, inner.dense(context), x, inner.output_dropout)
-        return _add_norm(self.full_layer_layer_norm, self.ffn_output(_activate(self.activation, self.ffn(x))), x, None)
+        x = _add_norm(inner.LayerNorm, inner.dense, context, x, inner.output_dropout)
+        return _add_norm(self.full_layer_layer_norm, self.ffn_output, _activate(self.activation, self.ffn(x)), x, None)
 
 
 class TransformerBlock(PackedLayer, modeling_distilbert.TransformerBlock):
@@ -152,8 +152,8 @@ class TransformerBlock(PackedLayer, modeling_distilbert.TransformerBlock):
         """(T, D) -> (T, D)."""
         inner, ffn = self.attention, self.ffn
         qkv = _linears(x, inner.q_lin, inner.k_lin, inner.v_lin)
-        x = _add_norm(self.sa_layer_norm, inner.out_lin(_attend(x, qkv, inner.n_heads, inner.dropout, rows)), x, None)
-        return _add_norm(self.output_layer_norm, ffn.lin2(_activate(ffn.activation, ffn.lin1(x))), x, ffn.dropout)
+        x = _add_norm(self.sa_layer_norm, inner.out_lin, _attend(x, qkv, inner.n_heads, inner.dropout, rows), x, None)
+        return _add_norm(self.output_layer_norm, ffn.lin2, _activate(ffn.activation, ffn.lin1(x)), x, ffn.dropout)
 
 
 class MPNetLayer(PackedLayer, modeling_mpnet.MPNetLayer):
@@ -170,5 +170,5 @@ class MPNetLayer(PackedLayer, modeling_mpnet.MPNetLayer):
         """(T, D) -> (T, D)."""
         inner = self.attention.attn
         context = _attend(x, _linears(x, inner.q, inner.k, inner.v), inner.num_attention_heads, inner.dropout, rows)
-        x = _add_norm(self.attention.LayerNorm, inner.o(context), x, self.attention.dropout)
+        x = _add_norm(self.attention.LayerNorm, inner.o, context, x, self.attention.dropout)
         return _feed_forward(self, x)
