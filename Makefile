@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
-GPU_TESTS := $(addprefix tests/test_,ops.py kernels.py linear.py cuda_engine.py)
+GPU_TESTS := $(addprefix tests/test_,ops.py kernels.py tiles.py linear.py cuda_engine.py)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 
 .PHONY: help demo build check test test-gpu bench bench-gpu size clean
@@ -31,9 +31,10 @@ test-gpu:  ## kernels, engine and CUDA part, compiled, in fp32, fp16 and bf16: n
 	  compute-sanitizer --error-exitcode 9 $(PYTHON) -m pytest -o addopts= -q -p no:cacheprovider tests/test_cuda.py; \
 	else echo "compute-sanitizer or the CUDA part is not here: not run"; fi
 
-bench-gpu:  ## ops and models against every peer on this GPU, at most 9 minutes; rows to benchmarks/results
+bench-gpu:  ## tiles tuned, then ops and models against every peer on this GPU, at most 9 minutes; rows to benchmarks/results
 	@$(PYTHON) setup.py -q build_ext --inplace || echo "no native extension"
-	@$(PYTHON) -m benchmarks.gpu
+	@$(PYTHON) -m fastbert.kernels --tune --seconds 50
+	@$(PYTHON) -m benchmarks.gpu --total 420
 
 bench: .venv/.bench .venv/.weights  ## ops, and encoders beside all peers: table, figures and page in bench-report/
 	@$(BIN)/fastbert bench

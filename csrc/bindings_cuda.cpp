@@ -1,4 +1,4 @@
-// What Python sees of cuda/: addresses, sizes, a device and its stream as integers. fastbert/native_cuda.py has checked.
+// What Python sees of cuda/: addresses, sizes, a device and its stream as integers; fastbert/native_cuda.py checks.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -19,7 +19,8 @@ T* at(Address address) {
 }
 
 void check(const char* error, const char* what) {
-  if (error != nullptr) throw std::runtime_error(std::string("fastbert: the CUDA kernel ") + what + " failed: " + error);
+  if (error != nullptr)
+    throw std::runtime_error(std::string("fastbert: the CUDA kernel ") + what + " failed: " + error);
 }
 
 void* stream_of(int device, Address stream) {
@@ -28,7 +29,8 @@ void* stream_of(int device, Address stream) {
 }
 
 void plan_lengths(int device, Address stream, Address lengths, Address cu_seqlens, int64_t S) {
-  check(cuda::plan_lengths(at<int32_t>(lengths), at<int32_t>(cu_seqlens), S, stream_of(device, stream)), "plan_lengths");
+  check(cuda::plan_lengths(at<int32_t>(lengths), at<int32_t>(cu_seqlens), S, stream_of(device, stream)),
+        "plan_lengths");
 }
 
 void plan_mask(int device, Address stream, Address mask, Address cu_seqlens, Address indices, int64_t S, int64_t L) {
@@ -36,8 +38,8 @@ void plan_mask(int device, Address stream, Address mask, Address cu_seqlens, Add
                         stream_of(device, stream)), "plan_mask");
 }
 
-void plan_tokens(int device, Address stream, Address cu_seqlens, Address positions, Address low, Address high, int64_t S,
-                 int64_t capacity) {
+void plan_tokens(int device, Address stream, Address cu_seqlens, Address positions, Address low, Address high,
+                 int64_t S, int64_t capacity) {
   check(cuda::plan_tokens(at<int32_t>(cu_seqlens), at<int64_t>(positions), at<int32_t>(low), at<int32_t>(high), S,
                           capacity, stream_of(device, stream)), "plan_tokens");
 }
@@ -54,15 +56,15 @@ void scatter(int device, Address stream, Address x, Address indices, Address out
                       stream_of(device, stream)), "scatter");
 }
 
-void pool(int device, Address stream, Address hidden, int type, Address cu_seqlens, Address out, Address low, Address step,
-          int64_t S, int D, int mode, bool normalize, int output) {
+void pool(int device, Address stream, Address hidden, int type, Address cu_seqlens, Address out, Address low,
+          Address step, int64_t S, int D, int mode, bool normalize, int output) {
   check(cuda::pool(at<void>(hidden), static_cast<cuda::Type>(type), at<int32_t>(cu_seqlens), at<void>(out),
                    at<float>(low), at<float>(step), S, D, static_cast<cuda::Mode>(mode), normalize,
                    static_cast<cuda::Output>(output), stream_of(device, stream)), "pool");
 }
 
-void attention(int device, Address stream, Address qkv, int type, Address cu_seqlens, Address out, Address lse, int64_t S,
-               int H, int K, int max_seqlen, float scale) {
+void attention(int device, Address stream, Address qkv, int type, Address cu_seqlens, Address out, Address lse,
+               int64_t S, int H, int K, int max_seqlen, float scale) {
   check(cuda::attention(at<void>(qkv), static_cast<cuda::Type>(type), at<int32_t>(cu_seqlens), at<void>(out),
                         at<float>(lse), S, H, K, max_seqlen, scale, stream_of(device, stream)), "attention");
 }

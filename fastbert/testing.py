@@ -79,6 +79,7 @@ REFERENCES: dict[str, Callable[..., torch.Tensor]] = {
     "add_layer_norm": add_layer_norm_ref,
     "attention": attention_ref,
     "attention_rel_bias": attention_ref,
+    "attention_window": attention_ref,
     "cross_entropy": cross_entropy_ref,
     "embed": embed_ref,
     "gelu": gelu_ref,
@@ -86,7 +87,7 @@ REFERENCES: dict[str, Callable[..., torch.Tensor]] = {
 }
 
 PUBLIC: dict[str, Callable[..., torch.Tensor]] = {
-    name: getattr(ops, name.removesuffix("_rel_bias")) for name in REFERENCES
+    name: getattr(ops, name.removesuffix("_rel_bias").removesuffix("_window")) for name in REFERENCES
 }
 
 
@@ -139,7 +140,14 @@ def _gelu(T: int, F: int, *, bias: bool = True, approximate: str = "none", scale
 
 
 def _add_layer_norm(
-    T: int, D: int, *, residual: bool = True, p: float = 0.0, eps: float = 1e-12, offset: float = 0.0, linear: bool = False,
+    T: int,
+    D: int,
+    *,
+    residual: bool = True,
+    p: float = 0.0,
+    eps: float = 1e-12,
+    offset: float = 0.0,
+    linear: bool = False,
 ) -> Callable[..., Inputs]:
     return lambda g: {
         "x": _normal(g, T, D) + offset,
@@ -188,6 +196,11 @@ def _attention(lengths: list[int], H: int, K: int, *, p: float = 0.0, scale: flo
 def _attention_rel_bias(lengths: list[int], H: int, K: int, R: int, *, p: float = 0.0) -> Callable[..., Inputs]:
     plain = _attention(lengths, H, K, p=p)
     return lambda g: {**plain(g), "rel_bias": _normal(g, H, 2 * R - 1)}
+
+
+def _attention_window(lengths: list[int], H: int, K: int, window: int, *, p: float = 0.0) -> Callable[..., Inputs]:
+    plain = _attention(lengths, H, K, p=p)
+    return lambda g: {**plain(g), "window": window}
 
 
 def _pool(lengths: list[int], D: int, mode: str) -> Callable[..., Inputs]:
@@ -247,6 +260,12 @@ CASES: list[Case] = [
     *(Case("attention_rel_bias", f"length_{n}", _attention_rel_bias([n, 2], 2, 32, 64)) for n in (63, 64, 65)),
     Case("attention_rel_bias", "dropout", _attention_rel_bias(_RAGGED, 3, 8, 9, p=0.2)),
     Case("attention_rel_bias", "mpnet_base", _attention_rel_bias([140, 7, 40], 12, 64, 128)),
+    Case("attention_window", "one_token", _attention_window([1], 1, 8, 8)),
+    Case("attention_window", "itself_only", _attention_window([9, 2], 2, 8, 1)),
+    Case("attention_window", "ragged", _attention_window(_RAGGED, 3, 5, 6)),
+    Case("attention_window", "wider_than_all", _attention_window(_RAGGED, 3, 8, 100)),
+    *(Case("attention_window", f"window_{w}", _attention_window([150, 2, 40], 2, 16, w)) for w in (63, 64, 130)),
+    Case("attention_window", "dropout", _attention_window([70, 5], 3, 8, 20, p=0.2)),
     *(Case("pool", f"ragged_{mode}", _pool(_RAGGED, 13, mode)) for mode in MODES),
     *(Case("pool", f"bert_base_{mode}", _pool([128, 7, 40], 768, mode)) for mode in ("mean", "max")),
     Case("cross_entropy", "one_row", _cross_entropy(1, 7)),

@@ -41,7 +41,7 @@ def test_grid_and_mutants_in_the_interpreter():
     """Large cases run in fp16 alone: they take most of the time, and what they add (12 heads of 64, thousands of
     features) does not depend on the dtype."""
     here = Path(__file__).parent
-    names = ("ops", "kernels", "cuda_engine", "linear")
+    names = ("ops", "kernels", "tiles", "cuda_engine", "linear")
     keep = "(triton-cpu and not (float32 and (bert_base or mpnet_base))) or "
     keep += " or ".join(f"test_{name}" for name in names[1:])
     run = subprocess.run(
@@ -107,6 +107,16 @@ def _forgets_the_linear_bias(x, x_bias, residual, offsets, inside, rows, cols, s
     return _sum(x, None, residual, offsets, inside, rows, cols, seed, threshold, keep_scale)
 
 
+@triton.jit
+def _origin_in_the_window(origins, tokens, low, inside):
+    return low
+
+
+def _cut_one_key_early(ranges, window):
+    return _cut_ranges(ranges, window) - torch.tensor([[0], [1]]).int()
+
+
+_cut_ranges = attention.cut_ranges
 _sum = add_layer_norm._sum
 _token_ranges = attention.token_ranges
 
@@ -119,6 +129,8 @@ MUTANTS = [
     ("add_layer_norm-x_bias", add_layer_norm, "_sum", _forgets_the_linear_bias),
     ("attention-ragged", attention, "token_ranges", _one_key_more),
     ("attention-length_64", attention, "token_ranges", _one_key_more),
+    ("attention_window-window_64", attention, "cut_ranges", _cut_one_key_early),
+    ("attention_window-dropout", attention, "_origin", _origin_in_the_window),
     ("attention_rel_bias-ragged", attention, "_diagonal_sums", _one_diagonal_late),
 ]
 
@@ -207,7 +219,7 @@ def test_sizes_past_the_register_file_are_named():
     with pytest.raises(ValueError, match="head sizes 1 to 128, got 129"):
         attention.attention_fwd(torch.ones(2, 3, 1, 129), cu, 2, 1.0, 0.0, 0)
     with pytest.raises(ValueError, match="20000 features but the kernels take at most 16384"):
-        configs.norm_tile(20000)
+        configs.norm_tile(20000, torch.float32)
 
 
 @compiled
@@ -240,7 +252,13 @@ def test_every_op_has_both_directions():
 
 # Registers of a thread: 65536 a multiprocessor, so 80 leave six programs of 128 threads, up to 255 leave two. Triton
 # 3.6 and 3.9 differ by up to 50 for one kernel.
-MOST_REGISTERS = {"linear": 232, "add_layer_norm_bwd": 104, "attention_fwd": 192, "attention_dq": 232, "attention_dkv": 255}
+MOST_REGISTERS = {
+    "linear": 232,
+    "add_layer_norm_bwd": 104,
+    "attention_fwd": 192,
+    "attention_dq": 232,
+    "attention_dkv": 255,
+}
 FEW_REGISTERS = 80
 BYTES_MOVED = {"ranges": 4, "pool_bwd": 16}  # the rest reads 16 bytes at a time
 

@@ -53,6 +53,16 @@ def _sdpa(qkv, cu_seqlens, max_seqlen, dropout_p=0.0, seed=0):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(0, 1)
 
 
+def _sdpa_window(qkv, cu_seqlens, max_seqlen, window, dropout_p=0.0, seed=0):
+    """The same with a band of the dense mask."""
+    T = qkv.shape[0]
+    owner = torch.bucketize(torch.arange(T), cu_seqlens.long(), right=True)
+    band = torch.ones(T, T).triu(-(window // 2)).tril(window // 2).bool()
+    q, k, v = qkv.permute(1, 2, 0, 3)
+    mask = (owner[:, None] == owner) & band
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(0, 1)
+
+
 def _sdpa_rel_bias(qkv, cu_seqlens, max_seqlen, rel_bias, dropout_p=0.0, seed=0):
     """The same with a dense additive mask, filled one diagonal after the other."""
     T, R = qkv.shape[0], (rel_bias.shape[1] + 1) // 2
@@ -105,6 +115,7 @@ INDEPENDENT = {
     "embed": _nn_embed,
     "attention": _sdpa,
     "attention_rel_bias": _sdpa_rel_bias,
+    "attention_window": _sdpa_window,
     "pool": _pool_loop,
     "cross_entropy": lambda logits, labels, reduction: getattr(
         torch.logsumexp(logits, 1)[labels != -100]
@@ -158,6 +169,18 @@ def _unscaled(qkv, cu_seqlens, max_seqlen, **rest):
     return attention_ref(qkv, cu_seqlens, max_seqlen, scale=1.0, **rest)
 
 
+def _window_one_wider(window, **rest):
+    return attention_ref(window=window + 2, **rest)
+
+
+def _window_whole_not_half(window, **rest):
+    return attention_ref(window=2 * window, **rest)
+
+
+def _window_forgotten(window, **rest):
+    return attention_ref(**rest)
+
+
 def _offset_of_the_query(rel_bias, **rest):
     return attention_ref(rel_bias=rel_bias.flip(1), **rest)
 
@@ -205,6 +228,10 @@ def _mean_over_all_rows(logits, labels, reduction):
         ("attention_rel_bias-ragged", _clamped_one_early),
         ("attention_rel_bias-mpnet_base", _clamped_one_early),
         ("attention_rel_bias-length_64", _bias_scaled_too),
+        ("attention_window-ragged", _window_one_wider),
+        ("attention_window-window_130", _window_one_wider),
+        ("attention_window-window_64", _window_whole_not_half),
+        ("attention_window-dropout", _window_forgotten),
         ("embed-ragged", _types_ignored),
         ("embed-bert_base", _padding_row_trained),
         ("pool-ragged_mean", _mean_over_n_plus_1),
@@ -259,7 +286,7 @@ def test_dropout_rate_and_mean(p):
     assert abs(dropout_ref(x, p, 3).mean() - 1) < 4 * sigma / (1 - p)
 
 
-@pytest.mark.parametrize("op", ["attention", "attention_rel_bias", "add_layer_norm", "embed"])
+@pytest.mark.parametrize("op", ["attention", "attention_rel_bias", "attention_window", "add_layer_norm", "embed"])
 def test_dropout_seed_matters_and_repeats(op):
     case = next(c for c in testing.CASES if str(c) == f"{op}-dropout")
     inputs = case.inputs(torch.float32)
@@ -288,11 +315,13 @@ def test_attention_of_one_token_is_its_value():
     torch.testing.assert_close(out, qkv[:, 2], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("op", ["attention", "attention_rel_bias"])
+@pytest.mark.parametrize("op", ["attention", "attention_rel_bias", "attention_window"])
 def test_attention_probs_are_the_attention(op):
     inputs = next(c for c in testing.CASES if str(c) == f"{op}-ragged").inputs(torch.float64)
     lengths = inputs["cu_seqlens"].diff().tolist()
-    probs = attention_probs(inputs["qkv"], inputs["cu_seqlens"], rel_bias=inputs.get("rel_bias"))
+    probs = attention_probs(
+        inputs["qkv"], inputs["cu_seqlens"], rel_bias=inputs.get("rel_bias"), window=inputs.get("window")
+    )
     assert [p.shape[-1] for p in probs] == lengths
     values = inputs["qkv"][:, 2].split(lengths)
     out = torch.cat([torch.einsum("hij,jhk->ihk", p, v) for p, v in zip(probs, values, strict=True)])
@@ -369,6 +398,11 @@ def test_max_pooling_keeps_nan_as_torch_does():
             lambda: ops.attention(torch.ones(2, 3, 2, 4), torch.tensor([0, 2]).int(), 2, rel_bias=torch.ones(2, 4)),
             ValueError,
             "odd number of offsets",
+        ),
+        (
+            lambda: ops.attention(torch.ones(2, 3, 2, 4), torch.tensor([0, 2]).int(), 2, window=-1),
+            ValueError,
+            "at least 0",
         ),
         (lambda: ops.pool(torch.ones(2, 3), torch.tensor([0, 2]).int(), "median"), ValueError, "weightedmean"),
         (lambda: ops.pool(torch.ones(2, 3), torch.tensor([0, 1]).int()), ValueError, "ends at 1"),

@@ -110,7 +110,7 @@ __device__ __forceinline__ void attend_tile(const T* q, const T* keys, const T* 
   }
 }
 
-// One block a (sequence, head), a warp 16 queries at a time. Reads 6 K and writes 2 K bytes a token: the least there is.
+// One block a (sequence, head), a warp 16 queries at a time. Reads 6 K and writes 2 K bytes a token: the least.
 template <class T, int KT>
 __global__ void __launch_bounds__(WARPS * WARP)
     attention_kernel(const T* qkv, const int32_t* cu_seqlens, T* out, float* lse, int H, int K, int max_seqlen,

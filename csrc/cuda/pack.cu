@@ -1,4 +1,4 @@
-// The packing plan on the device, and rows between padded and packed. The host waits for nothing and reads nothing back.
+// The packing plan on the device, and rows between padded and packed. The host waits for nothing, reads nothing.
 #include "cuda/kernels.h"
 #include "cuda/simt.h"
 
@@ -63,7 +63,8 @@ __global__ void __launch_bounds__(ROWS)
 }
 
 // indices past the last kept token: -1, a row that `gather` and `scatter` pass over.
-__global__ void __launch_bounds__(ROWS) tail_kernel(const int32_t* cu_seqlens, int64_t* indices, int64_t S, int64_t size) {
+__global__ void __launch_bounds__(ROWS)
+    tail_kernel(const int32_t* cu_seqlens, int64_t* indices, int64_t S, int64_t size) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * ROWS + threadIdx.x;
   if (i < size && i >= cu_seqlens[S]) indices[i] = -1;
 }
@@ -131,13 +132,15 @@ const char* plan_lengths(const int32_t* lengths, int32_t* cu_seqlens, int64_t S,
   return launch(scan_kernel, 1, SCAN, SCAN / WARP * sizeof(int), stream, lengths, cu_seqlens, S);
 }
 
-const char* plan_mask(const std::uint8_t* mask, int32_t* cu_seqlens, int64_t* indices, int64_t S, int64_t L, void* stream) {
+const char* plan_mask(const std::uint8_t* mask, int32_t* cu_seqlens, int64_t* indices, int64_t S, int64_t L,
+                      void* stream) {
   const unsigned blocks = blocks_for(S * WARP);
   const char* error = nullptr;
   if (blocks) error = launch(count_kernel, blocks, ROWS, 0, stream, mask, cu_seqlens + 1, S, L);
   if (!error) error = plan_lengths(cu_seqlens + 1, cu_seqlens, S, stream);
   if (!error && blocks) error = launch(indices_kernel, blocks, ROWS, 0, stream, mask, cu_seqlens, indices, S, L);
-  if (!error && S * L > 0) error = launch(tail_kernel, blocks_for(S * L), ROWS, 0, stream, cu_seqlens, indices, S, S * L);
+  if (!error && S * L > 0)
+    error = launch(tail_kernel, blocks_for(S * L), ROWS, 0, stream, cu_seqlens, indices, S, S * L);
   return error;
 }
 

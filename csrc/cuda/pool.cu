@@ -109,7 +109,8 @@ const char* pool_of(const void* hidden, const int32_t* cu_seqlens, void* out, co
                     int64_t S, int D, Mode mode, bool normalize, Output output, void* stream) {
   constexpr int VEC = 16 / sizeof(T);
   const bool aligned = D % VEC == 0 && reinterpret_cast<std::uintptr_t>(hidden) % 16 == 0;
-  const int vectors = aligned ? D / VEC : D, groups = vectors < THREADS ? (THREADS / vectors < 8 ? THREADS / vectors : 8) : 1;
+  const int vectors = aligned ? D / VEC : D;
+  const int groups = vectors < THREADS ? (THREADS / vectors < 8 ? THREADS / vectors : 8) : 1;
   const int shared = (groups * D + THREADS / WARP) * static_cast<int>(sizeof(float));
   return launch(aligned ? pool_kernel<T, VEC> : pool_kernel<T, 1>, static_cast<unsigned>(S), THREADS, shared, stream,
                 static_cast<const T*>(hidden), cu_seqlens, out, low, step, D, groups, mode, normalize, output);

@@ -16,7 +16,7 @@ import torch
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _FILES = {op: op for op in ("embed", "attention", "add_layer_norm", "gelu", "pool", "cross_entropy")}
-_FILES["attention_rel_bias"] = "attention"
+_FILES |= dict.fromkeys(("attention_rel_bias", "attention_window"), "attention")
 _EPILOGUES = ("linear_gelu", "linear_add")
 _FILES |= dict.fromkeys((*_EPILOGUES, "float8_linear", "quantize_rows"), "linear")
 _RANGES = ("fill_ranges", "given_ranges")

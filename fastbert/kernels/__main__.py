@@ -1,4 +1,7 @@
-"""`python -m fastbert.kernels --target sm_90`: all kernels compiled without a GPU, what the compiler says of them."""
+"""`python -m fastbert.kernels --target sm_90`: all kernels compiled without a GPU, what the compiler says of them.
+
+`--tune` measures tiles on the GPU that is here and keeps the fastest for it (FASTBERT_CACHE says where).
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ import argparse
 import torch
 
 from fastbert.kernels.ahead import ARCHITECTURES, compile_ahead
+from fastbert.kernels.tiles import tiles_path
+from fastbert.kernels.tune import tune
 
 
 def _main() -> None:
@@ -16,7 +21,16 @@ def _main() -> None:
     parser.add_argument("--head-size", type=int, default=64)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--match", default="", help="only calls whose name contains this")
+    parser.add_argument("--tune", action="store_true", help="measure tiles on this GPU, keep the fastest")
+    parser.add_argument("--seconds", type=float, default=60, help="box of --tune")
     args = parser.parse_args()
+    if args.tune:
+        if not torch.cuda.is_available():
+            raise SystemExit("--tune measures on a CUDA device, and there is none here")
+        for tuned in tune(seconds=args.seconds, head_size=args.head_size, dtype=getattr(torch, args.dtype)):
+            print(tuned, flush=True)
+        print(f"kept in {tiles_path()}")
+        return
     target, dtype = int(args.target.removeprefix("sm_")), getattr(torch, args.dtype)
     print(f"{'call':30}{'kernel':20}{'warps':>6}{'regs':>6}{'spill B':>9}{'shared B':>10}{'load B':>8}  tensor cores")
     for c in compile_ahead(target, dtype, args.head_size, args.dropout, args.match):

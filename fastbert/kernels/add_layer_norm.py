@@ -115,8 +115,8 @@ def add_layer_norm_fwd(
     T, D = x.shape[:-1].numel(), x.shape[-1]
     y = torch.empty_like(x if residual is None else residual)
     mean, rstd = torch.empty(2, T, dtype=torch.float32, device=x.device)
-    tile = norm_tile(D)
     with on_device(x):
+        tile = norm_tile(D, x.dtype)
         _add_layer_norm_fwd_kernel[(triton.cdiv(T, tile.rows),)](
             x, x_bias, residual, weight.contiguous(), bias.contiguous(), y, mean, rstd, eps,
             *dropout_args(dropout_p, seed), T, D, tile.rows, tile.cols, **tile.options(),
@@ -140,8 +140,8 @@ def add_layer_norm_bwd(
     dx = torch.empty_like(x)
     same = residual is not None and residual.dtype == x.dtype and dropout_p == 0.0
     dresidual = None if residual is None or same else torch.empty_like(residual)
-    tile = norm_bwd_tile(D)
     with on_device(x):
+        tile = norm_bwd_tile(D, x.dtype)
         num_programs = min(triton.cdiv(T, tile.rows), num_partials())
         num_sums = 2 if x_bias is None else 3
         partials = torch.empty(num_sums, num_programs, D, dtype=torch.float32, device=x.device)

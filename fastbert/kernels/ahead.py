@@ -27,6 +27,8 @@ from fastbert.kernels.attention import (
     attention_fwd,
     attention_rel_bias_bwd,
     attention_rel_bias_fwd,
+    attention_window_bwd,
+    attention_window_fwd,
 )
 from fastbert.kernels.cross_entropy import cross_entropy_bwd, cross_entropy_fwd
 from fastbert.kernels.embed import embed_bwd, embed_fwd
@@ -123,6 +125,8 @@ def _calls(dtype: torch.dtype, K: int, p: float) -> dict[str, Callable[[], Any]]
         "cross_entropy_bwd": lambda: cross_entropy_bwd(scale, logits, ids, torch.empty(2, T), -100),
         "attention_fwd": lambda: attention_fwd(qkv, *rest),
         "attention_bwd": lambda: attention_bwd(out, qkv, out, lse, *rest),
+        "attention_window_fwd": lambda: attention_window_fwd(qkv, 64, *rest),
+        "attention_window_bwd": lambda: attention_window_bwd(out, qkv, 64, out, lse, *rest),
         "attention_rel_bias_fwd": lambda: attention_rel_bias_fwd(qkv, rel_bias, *rest),
         "attention_rel_bias_bwd": lambda: attention_rel_bias_bwd(out, qkv, rel_bias, out, lse, *rest),
     }
@@ -155,13 +159,14 @@ def _recording(architecture: int) -> Iterator[list[dict[str, Any]]]:
 
     runtime = triton.knobs.runtime
     before, runtime.jit_cache_hook = runtime.jit_cache_hook, record
-    triton.runtime.driver.set_active(_AbsentGPU(architecture))
+    driver = triton.runtime.driver
+    active = driver._active  # asking for `active` would make one, which needs a GPU
+    driver.set_active(_AbsentGPU(architecture))
     try:
         yield launches
     finally:
         runtime.jit_cache_hook = before
-        if torch.cuda.is_available():  # elsewhere there is no driver to go back to
-            triton.runtime.driver.reset_active()
+        driver._active = active
 
 
 def _compile(call: str, architecture: int, launch: dict[str, Any]) -> Compiled:

@@ -1,10 +1,13 @@
 """Attention over packed sequences, tiled over tokens, and its gradient (Dao 2023, arXiv 2307.08691, on a token grid).
 
 The keys of a tile of tokens are one contiguous range, from the first key of its first token to the last key of its
-last one; so the grid depends on T and H alone: no maximal length, no schedule over sequences, no atomics.
+last one; so the grid depends on T and H alone: no maximal length, no schedule over sequences, no atomics. A window
+of local attention only cuts each token's range.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -18,7 +21,7 @@ from fastbert.kernels.configs import (
     attention_fwd_tile,
     check_head_size,
 )
-from fastbert.kernels.ranges import token_ranges
+from fastbert.kernels.ranges import cut_ranges, token_ranges
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _Q, _K, _V = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -53,9 +56,17 @@ def _load_bias(rel_bias, queries, keys, head, R):
     return tl.load(rel_bias + head * (2 * R - 1) + offsets).to(tl.float32) * _LOG2E
 
 
+@triton.jit
+def _origin(origins, tokens, low, inside):
+    """First tokens of the sequences, from which dropout counts keys: what `low` is unless a window has moved it."""
+    if origins is not None:
+        low = tl.load(origins + tokens, mask=inside, other=0)
+    return low
+
+
 @triton.jit(do_not_specialize=["seed", "threshold", "T"])
 def _attention_fwd_kernel(
-    qkv, rel_bias, ranges, out, lse, scale, seed, threshold, keep_scale, T, R,
+    qkv, rel_bias, ranges, origins, out, lse, scale, seed, threshold, keep_scale, T, R,
     H: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head, all their keys by online softmax. Memory: reads q once, k and v of
@@ -66,6 +77,7 @@ def _attention_fwd_kernel(
     inside = queries < T
     low = tl.load(ranges + queries, mask=inside, other=T)
     high = tl.load(ranges + T + queries, mask=inside, other=0)
+    origin = _origin(origins, queries, low, inside)
     q = _load_rows(qkv, first_query, T, (_Q * H + head) * K, BLOCK_M, 3 * H * K, K)
     top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -87,7 +99,7 @@ def _attention_fwd_kernel(
         top = higher
         if seed is not None:
             rows = (queries * H + head)[:, None]
-            p = tl.where(dropout_keep(seed, threshold, rows, keys[None, :] - low[:, None]), p, 0.0)
+            p = tl.where(dropout_keep(seed, threshold, rows, keys[None, :] - origin[:, None]), p, 0.0)
         v = _load_rows(qkv, start, last, (_V * H + head) * K, BLOCK_N, 3 * H * K, K)
         acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
     total = tl.where(total == 0.0, 1.0, total)  # a token of no sequence has no keys: out is 0
@@ -105,8 +117,8 @@ def _diagonal_sums(ds, shift: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["seed", "threshold", "T", "max_seqlen"])
 def _attention_dq_kernel(
-    dout, qkv, rel_bias, out, lse, ranges, delta, dqkv, diagonals, scale, seed, threshold, keep_scale, T, R, max_seqlen,
-    H: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
+    dout, qkv, rel_bias, out, lse, ranges, origins, delta, dqkv, diagonals, scale, seed, threshold, keep_scale, T, R,
+    max_seqlen, H: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: dq and delta = sum(dout * out) of BLOCK queries of one head. Memory: reads q, out, dout once, k and
     v of its sequences once, writes dq and delta; with a bias also one partial sum for each diagonal (offset)."""
@@ -116,6 +128,7 @@ def _attention_dq_kernel(
     inside = queries < T
     low = tl.load(ranges + queries, mask=inside, other=T)
     high = tl.load(ranges + T + queries, mask=inside, other=0)
+    origin = _origin(origins, queries, low, inside)
     q = _load_rows(qkv, first_query, T, (_Q * H + head) * K, BLOCK, 3 * H * K, K)
     do = _load_rows(dout, first_query, T, head * K, BLOCK, H * K, K)
     o = _load_rows(out, first_query, T, head * K, BLOCK, H * K, K)
@@ -142,7 +155,7 @@ def _attention_dq_kernel(
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
         if seed is not None:
             rows = (queries * H + head)[:, None]
-            keep = dropout_keep(seed, threshold, rows, keys[None, :] - low[:, None])
+            keep = dropout_keep(seed, threshold, rows, keys[None, :] - origin[:, None])
             dp = tl.where(keep, dp * keep_scale, 0.0)
         ds = tl.where(alone[:, None], 0.0, p * (dp - d[:, None]))
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
@@ -158,11 +171,11 @@ def _attention_dq_kernel(
 
 @triton.jit(do_not_specialize=["seed", "threshold", "T"])
 def _attention_dkv_kernel(
-    dout, qkv, rel_bias, lse, ranges, delta, dqkv, scale, seed, threshold, keep_scale, T, R,
+    dout, qkv, rel_bias, lse, ranges, origins, delta, dqkv, scale, seed, threshold, keep_scale, T, R,
     H: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """One program: dk and dv of BLOCK_N keys of one head; a tile's queries are the range that its keys are, as every
-    token of a sequence sees the same ones. Memory: reads k and v once, q and dout of its sequences once, writes dk, dv.
+    """One program: dk and dv of BLOCK_N keys of one head; the queries that see a token are those that it sees, in a
+    window too. Memory: reads k and v once, q and dout of its sequences once, writes dk, dv.
     """
     head = tl.program_id(1)
     first_key = tl.program_id(0) * BLOCK_N
@@ -170,6 +183,7 @@ def _attention_dkv_kernel(
     inside = keys < T
     low = tl.load(ranges + keys, mask=inside, other=T)
     high = tl.load(ranges + T + keys, mask=inside, other=0)
+    origin = _origin(origins, keys, low, inside)
     k = _load_rows(qkv, first_key, T, (_K * H + head) * K, BLOCK_N, 3 * H * K, K)
     v = _load_rows(qkv, first_key, T, (_V * H + head) * K, BLOCK_N, 3 * H * K, K)
     alone = high - low == 1
@@ -192,7 +206,7 @@ def _attention_dkv_kernel(
         kept = p
         if seed is not None:
             rows = (queries * H + head)[None, :]
-            keep = dropout_keep(seed, threshold, rows, (keys - low)[:, None])
+            keep = dropout_keep(seed, threshold, rows, (keys - origin)[:, None])
             dp = tl.where(keep, dp * keep_scale, 0.0)
             kept = tl.where(keep, p * keep_scale, 0.0)
         dv = tl.dot(kept.to(do.dtype), do, dv, input_precision="ieee")
@@ -213,25 +227,16 @@ def _fold_offsets(totals: Tensor, R: int) -> Tensor:
     return folded
 
 
-def attention_fwd(
-    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, dropout_p: float, seed: int
-) -> tuple[Tensor, Tensor]:
-    """out (T, H, K), and the log-sum-exp (T, H) fp32 of the scaled scores, in base 2. Head sizes 1 to 128."""
-    return attention_rel_bias_fwd(qkv, None, cu_seqlens, max_seqlen, scale, dropout_p, seed)
+def _ranges(cu_seqlens: Tensor, T: int, window: int | None) -> tuple[Tensor, Tensor | None]:
+    """Ranges of the keys that are seen and, where a window has cut them, the first tokens of the sequences."""
+    ranges = token_ranges(cu_seqlens, T)
+    return (ranges, None) if window is None else (cut_ranges(ranges, window), ranges[0])
 
 
-def attention_bwd(
-    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float,
+def _forward(
+    qkv: Tensor, rel_bias: Tensor | None, window: int | None, cu_seqlens: Tensor, max_seqlen: int, scale: float,
     dropout_p: float, seed: int,
-) -> Tensor:  # fmt: skip
-    """dqkv (T, 3, H, K); the same bits in every run."""
-    return attention_rel_bias_bwd(dout, qkv, None, out, lse, cu_seqlens, max_seqlen, scale, dropout_p, seed)[0]
-
-
-def attention_rel_bias_fwd(
-    qkv: Tensor, rel_bias: Tensor | None, cu_seqlens: Tensor, max_seqlen: int, scale: float, dropout_p: float, seed: int
-) -> tuple[Tensor, Tensor]:
-    """As `attention_fwd`; `rel_bias` may be None."""
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     check_head_size(qkv)
     T, _, H, K = qkv.shape
     out, lse = qkv.new_empty(T, H, K), torch.empty(T, H, dtype=torch.float32, device=qkv.device)
@@ -239,37 +244,68 @@ def attention_rel_bias_fwd(
     with on_device(qkv):
         tile = attention_fwd_tile(K, qkv.dtype, rel_bias is not None)
         _attention_fwd_kernel[(triton.cdiv(T, tile.rows), H)](
-            qkv, rel_bias, token_ranges(cu_seqlens, T), out, lse, scale, *dropout_args(dropout_p, seed), T, R,
+            qkv, rel_bias, *_ranges(cu_seqlens, T, window), out, lse, scale, *dropout_args(dropout_p, seed), T, R,
             H, K, tile.rows, tile.cols, **tile.options(),
         )  # fmt: skip
     return out, lse
 
 
-def attention_rel_bias_bwd(
-    dout: Tensor, qkv: Tensor, rel_bias: Tensor | None, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int,
-    scale: float, dropout_p: float, seed: int,
+def _backward(
+    dout: Tensor, qkv: Tensor, rel_bias: Tensor | None, window: int | None, out: Tensor, lse: Tensor,
+    cu_seqlens: Tensor, max_seqlen: int, scale: float, dropout_p: float, seed: int,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """dqkv (T, 3, H, K), and drel_bias (H, 2R - 1) where there is a bias; the same bits in every run."""
+    """dqkv, and drel_bias where there is a bias."""
     T, _, H, K = qkv.shape
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
     dropout = dropout_args(dropout_p, seed)
     R = 0 if rel_bias is None else (rel_bias.shape[1] + 1) // 2
     with on_device(qkv):
-        ranges = token_ranges(cu_seqlens, T)
+        ranges = _ranges(cu_seqlens, T, window)
         tile = attention_dq_tile(K, qkv.dtype, rel_bias is not None)
         grid = (triton.cdiv(T, tile.rows), H)
         diagonals = None
         if rel_bias is not None:
             diagonals = torch.zeros(*grid, 2 * max_seqlen - 1, dtype=torch.float32, device=qkv.device)
         _attention_dq_kernel[grid](
-            dout, qkv, rel_bias, out, lse, ranges, delta, dqkv, diagonals, scale, *dropout, T, R, max_seqlen,
+            dout, qkv, rel_bias, out, lse, *ranges, delta, dqkv, diagonals, scale, *dropout, T, R, max_seqlen,
             H, K, tile.rows, **tile.options(),
         )  # fmt: skip
         tile = attention_dkv_tile(K, qkv.dtype, rel_bias is not None)
         _attention_dkv_kernel[(triton.cdiv(T, tile.rows), H)](
-            dout, qkv, rel_bias, lse, ranges, delta, dqkv, scale, *dropout, T, R,
+            dout, qkv, rel_bias, lse, *ranges, delta, dqkv, scale, *dropout, T, R,
             H, K, tile.rows, tile.cols, **tile.options(),
         )  # fmt: skip
     if rel_bias is None or diagonals is None:
         return dqkv, None
     return dqkv, _fold_offsets(diagonals.sum(0), R).to(rel_bias.dtype)
+
+
+def attention_fwd(qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed -> out (T, H, K), and the log-sum-exp (T, H) fp32 of the
+    scaled scores, in base 2. Head sizes 1 to 128."""
+    return _forward(qkv, None, None, *rest)
+
+
+def attention_bwd(dout: Tensor, qkv: Tensor, *rest: Any) -> Tensor:
+    """dout, qkv, out, lse and the rest as in `attention_fwd` -> dqkv (T, 3, H, K); the same bits in every run."""
+    return _backward(dout, qkv, None, None, *rest)[0]
+
+
+def attention_window_fwd(qkv: Tensor, window: int, *rest: Any) -> tuple[Tensor, Tensor]:
+    """As `attention_fwd`, of the keys at most `window // 2` away."""
+    return _forward(qkv, None, window, *rest)
+
+
+def attention_window_bwd(dout: Tensor, qkv: Tensor, window: int, *rest: Any) -> Tensor:
+    """As `attention_bwd`."""
+    return _backward(dout, qkv, None, window, *rest)[0]
+
+
+def attention_rel_bias_fwd(qkv: Tensor, rel_bias: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """As `attention_fwd`, with a bias (H, 2R - 1)."""
+    return _forward(qkv, rel_bias, None, *rest)
+
+
+def attention_rel_bias_bwd(dout: Tensor, qkv: Tensor, rel_bias: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None]:
+    """As `attention_bwd`, and drel_bias (H, 2R - 1)."""
+    return _backward(dout, qkv, rel_bias, None, *rest)

@@ -1,32 +1,20 @@
-"""Every block size, number of warps and pipeline depth, by op, width and architecture: the only file to tune."""
+"""Every block size, number of warps and pipeline depth, by op, width and architecture: the only file to tune.
+
+Choices are static, one for each architecture, unless `python -m fastbert.kernels --tune` has left a faster one of
+`CANDIDATES` on this machine (`tiles.py`). Nothing tunes by itself.
+"""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from fastbert.kernels import interpreted
+from fastbert.kernels.tiles import Tile, chosen
 
 MAX_HEAD_SIZE = 128
 MAX_FEATURES = 16384  # a row of a norm lies in the registers of one program
-
-
-class Tile(NamedTuple):
-    """A program's block of the output, and how it is compiled."""
-
-    rows: int
-    cols: int
-    num_warps: int
-    num_stages: int = 2
-    max_registers: int | None = None
-
-    def options(self) -> dict[str, int | None]:
-        """Keyword arguments of the launch. Multiply-adds are fused, whatever the default of this Triton."""
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
-        return options | {"maxnreg": self.max_registers}
 
 
 def architecture() -> int:
@@ -34,18 +22,23 @@ def architecture() -> int:
     return 90 if interpreted() else triton.runtime.driver.active.get_current_target().arch
 
 
-def norm_tile(num_features: int) -> Tile:
+def norm_tile(num_features: int, dtype: torch.dtype) -> Tile:
     """Rows of layer norm and embedding: a row is never cut, and short rows share a program."""
+    return chosen("norm_fwd", dtype, num_features, _row_tile(num_features))
+
+
+def _row_tile(num_features: int) -> Tile:
     if num_features > MAX_FEATURES:
         raise ValueError(f"a row has {num_features} features but the kernels take at most {MAX_FEATURES}")
     cols = max(16, triton.next_power_of_2(num_features))
     return Tile(max(1, 2048 // cols), cols, 4 if cols <= 4096 else 16)
 
 
-def norm_bwd_tile(num_features: int) -> Tile:
+def norm_bwd_tile(num_features: int, dtype: torch.dtype) -> Tile:
     """As `norm_tile`, with fewer rows: two fp32 sums of the parameters' gradients stay in registers."""
-    tile = norm_tile(num_features)
-    return tile._replace(rows=max(1, 1024 // tile.cols), num_warps=4 if tile.cols <= 2048 else 16)
+    tile = _row_tile(num_features)
+    tile = tile._replace(rows=max(1, 1024 // tile.cols), num_warps=4 if tile.cols <= 2048 else 16)
+    return chosen("norm_bwd", dtype, num_features, tile)
 
 
 def num_partials() -> int:
@@ -54,9 +47,13 @@ def num_partials() -> int:
 
 
 RANGES_TILE = Tile(1, 128, 1)
-GELU_TILE = Tile(4, 512, 4)
 POOL_TILE = Tile(8, 128, 4)
 CROSS_ENTROPY_TILE = Tile(1, 4096, 8)
+
+
+def gelu_tile(num_features: int, dtype: torch.dtype) -> Tile:
+    """Rows by features, a block that divides neither."""
+    return chosen("gelu", dtype, num_features, Tile(4, 512, 4))
 
 
 # 128 registers let four programs of 128 threads share a multiprocessor. Triton 3.6 needs 130 left alone, and keeps to
@@ -68,9 +65,12 @@ def attention_fwd_tile(head_size: int, dtype: torch.dtype, rel_bias: bool) -> Ti
     """Queries by keys."""
     if dtype == torch.float32:
         return Tile(32, 32, 8, 1)
-    if head_size <= 64:
-        return Tile(64, 32 if rel_bias else 64, 4, max_registers=_FOUR_PROGRAMS if architecture() >= 90 else None)
-    return Tile(64, 32 if rel_bias else 64, 8)
+    if rel_bias:
+        return Tile(64, 32, 4 if head_size <= 64 else 8)
+    tile = Tile(64, 64, 4 if head_size <= 64 else 8)
+    if head_size <= 64 and architecture() >= 90:
+        tile = tile._replace(max_registers=_FOUR_PROGRAMS)
+    return chosen("attention_fwd", dtype, head_size, tile)
 
 
 def attention_dq_tile(head_size: int, dtype: torch.dtype, rel_bias: bool) -> Tile:
@@ -79,7 +79,7 @@ def attention_dq_tile(head_size: int, dtype: torch.dtype, rel_bias: bool) -> Til
         return Tile(32, 32, 8, 1) if head_size <= 32 else Tile(16, 16, 8, 1)
     if rel_bias:
         return Tile(32, 32, 4)
-    return Tile(64, 64, 4 if head_size <= 64 else 8)
+    return chosen("attention_dq", dtype, head_size, Tile(64, 64, 4 if head_size <= 64 else 8))
 
 
 def attention_dkv_tile(head_size: int, dtype: torch.dtype, rel_bias: bool) -> Tile:
@@ -88,7 +88,8 @@ def attention_dkv_tile(head_size: int, dtype: torch.dtype, rel_bias: bool) -> Ti
         return Tile(32, 32, 8, 1) if head_size <= 32 else Tile(16, 16, 8, 1)
     if rel_bias and architecture() < 90:  # 64 by 32 spills there: mma.sync has its operands in registers
         return Tile(32, 32, 4)
-    return Tile(64, 32, 4 if head_size <= 64 else 8)
+    tile = Tile(64, 32, 4 if head_size <= 64 else 8)
+    return tile if rel_bias else chosen("attention_dkv", dtype, head_size, tile)
 
 
 def check_head_size(qkv: Tensor) -> None:
@@ -102,18 +103,34 @@ def check_head_size(qkv: Tensor) -> None:
 EPILOGUES: dict[int, frozenset[str]] = {}
 
 
-def linear_tile(num_rows: int, num_cols: int, dtype: torch.dtype) -> tuple[Tile, int]:
+def linear_tile(num_rows: int, num_cols: int, dtype: torch.dtype) -> Tile:
     """Rows by columns of y, and the depth of a step."""
     if dtype == torch.float32:
-        return Tile(32, 32, 4, 2), 32
+        return Tile(32, 32, 4, 2, depth=32)
     depth = 128 if dtype.itemsize == 1 else 64
     if num_rows <= 512:  # few rows: narrow tiles, so that every multiprocessor streams weights
-        return Tile(64, 32 if num_cols <= 1024 else 64, 4, 4), depth
-    if architecture() >= 90:
-        return Tile(128, 128, 8, 4), depth
-    return Tile(128, 128, 8, 3), depth // 2
+        tile = Tile(64, 32 if num_cols <= 1024 else 64, 4, 4, depth=depth)
+        return chosen("linear_short", dtype, num_cols, tile)
+    tile = Tile(128, 128, 8, 4, depth=depth) if architecture() >= 90 else Tile(128, 128, 8, 3, depth=depth // 2)
+    return chosen("linear", dtype, num_cols, tile)
 
 
 def quantize_tile(num_features: int) -> Tile:
     """A row is never cut."""
-    return norm_tile(num_features)
+    return _row_tile(num_features)
+
+
+def candidates(kernel: str, static: Tile) -> tuple[Tile, ...]:
+    """What `--tune` measures beside the static choice."""
+    if kernel.startswith("norm"):
+        return tuple(static._replace(rows=rows, num_warps=w) for rows in (1, 2, 4) for w in (2, 4, 8))
+    return {
+        "attention_fwd": (
+            Tile(64, 64, 4), Tile(64, 64, 4, 3), Tile(128, 64, 8), Tile(128, 128, 8), Tile(64, 32, 4), Tile(64, 128, 4),
+        ),
+        "attention_dq": (Tile(64, 64, 8), Tile(64, 64, 4, 3), Tile(32, 32, 4), Tile(128, 128, 8)),
+        "attention_dkv": (Tile(64, 64, 4), Tile(64, 64, 8), Tile(128, 64, 8), Tile(64, 32, 4, 3), Tile(32, 32, 4)),
+        "gelu": (Tile(1, 1024, 4), Tile(8, 512, 8), Tile(2, 512, 4), Tile(4, 1024, 8)),
+        "linear_short": (Tile(64, 128, 4, 4, depth=64), Tile(64, 32, 4, 6, depth=64), Tile(128, 64, 4, 4, depth=64)),
+        "linear": (Tile(128, 128, 8, 3, depth=64), Tile(128, 256, 8, 3, depth=64), Tile(64, 256, 4, 3, depth=64)),
+    }[kernel]  # fmt: skip

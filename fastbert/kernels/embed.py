@@ -103,8 +103,8 @@ def embed_fwd(
     T, D = input_ids.shape[0], word.shape[1]
     y, (mean, rstd) = word.new_empty(T, D), torch.empty(2, T, dtype=torch.float32, device=word.device)
     inputs = _contiguous(input_ids, position_ids, type_ids, word, position, token_type, weight, bias)
-    tile = norm_tile(D)
     with on_device(word):
+        tile = norm_tile(D, word.dtype)
         _embed_fwd_kernel[(triton.cdiv(T, tile.rows),)](
             *inputs, y, mean, rstd, eps, *dropout_args(dropout_p, seed), T, D, tile.rows, tile.cols, **tile.options()
         )
@@ -130,8 +130,8 @@ def embed_bwd(
     T, D = dy.shape
     dz = torch.empty_like(dy)
     inputs = _contiguous(input_ids, position_ids, type_ids, word, position, token_type, weight)
-    tile = norm_bwd_tile(D)
     with on_device(dy):
+        tile = norm_bwd_tile(D, word.dtype)
         num_programs = min(triton.cdiv(T, tile.rows), num_partials())
         partials = torch.empty(num_programs, 2, D, dtype=torch.float32, device=dy.device)
         _embed_bwd_kernel[(num_programs,)](

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbert.kernels.common import on_device
-from fastbert.kernels.configs import GELU_TILE, num_partials
+from fastbert.kernels.configs import gelu_tile, num_partials
 
 
 @triton.jit
@@ -68,10 +68,11 @@ def _gelu_bwd_kernel(
 def gelu_fwd(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
     """See `fastbert.ops.gelu`."""
     y, T, F = torch.empty_like(x), x.shape[:-1].numel(), x.shape[-1]
-    rows, cols = GELU_TILE.rows, GELU_TILE.cols
     with on_device(x):
+        tile = gelu_tile(F, x.dtype)
+        rows, cols = tile.rows, tile.cols
         _gelu_fwd_kernel[(triton.cdiv(T, rows), triton.cdiv(F, cols))](
-            x, bias, y, T, F, approximate == "tanh", rows, cols, **GELU_TILE.options()
+            x, bias, y, T, F, approximate == "tanh", rows, cols, **tile.options()
         )
     return y
 
@@ -79,11 +80,12 @@ def gelu_fwd(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
 def gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str) -> tuple[Tensor, Tensor | None]:
     """dx and, with a bias, dbias."""
     dx, T, F = torch.empty_like(x), x.shape[:-1].numel(), x.shape[-1]
-    rows, cols = GELU_TILE.rows, GELU_TILE.cols
     with on_device(x):
+        tile = gelu_tile(F, x.dtype)
+        rows, cols = tile.rows, tile.cols
         num_programs = triton.cdiv(T, rows) if bias is None else min(triton.cdiv(T, rows), num_partials())
         partials = None if bias is None else torch.empty(num_programs, F, dtype=torch.float32, device=x.device)
         _gelu_bwd_kernel[(num_programs, triton.cdiv(F, cols))](
-            dy, x, bias, dx, partials, T, F, approximate == "tanh", rows, cols, **GELU_TILE.options()
+            dy, x, bias, dx, partials, T, F, approximate == "tanh", rows, cols, **tile.options()
         )
     return dx, None if bias is None or partials is None else partials.sum(0).to(bias.dtype)

@@ -139,7 +139,7 @@ def _launch(
     """y (T, N), its partial statistics if wanted, and the features of their tiles."""
     (T, K), N = x.shape, weight.shape[0]
     y = torch.empty(T, N, dtype=dtype, device=x.device)
-    tile, depth = linear_tile(T, N, x.dtype)
+    tile = linear_tile(T, N, x.dtype)
     partials = None
     if statistics:
         partials = torch.empty(triton.cdiv(N, tile.cols), 2, T, dtype=torch.float32, device=x.device)
@@ -152,7 +152,7 @@ def _launch(
             x, weight, bias, added, y, *scales, x_partials, u, x_eps,
             *((None, None, None, 0.0) if rows is None else (rows.partials, rows.weight, rows.bias, rows.eps)),
             partials, T, N, K, 1 if folded is None else folded.cols, gelu,
-            tile.rows, tile.cols, depth, **tile.options(),
+            tile.rows, tile.cols, tile.depth, **tile.options(),
         )  # fmt: skip
     return y, partials, tile.cols
 

@@ -42,6 +42,25 @@ def fill_ranges(cu_seqlens: Tensor, ranges: Tensor) -> Tensor:
     return ranges
 
 
+@triton.jit(do_not_specialize=["T", "half"])
+def _cut_kernel(ranges, cut, T, half, BLOCK: tl.constexpr):
+    """One program: BLOCK tokens. Memory: reads and writes 8 bytes a token."""
+    tokens = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.load(ranges + tokens, mask=tokens < T)
+    end = tl.load(ranges + T + tokens, mask=tokens < T)
+    tl.store(cut + tokens, tl.maximum(first, tokens - half), mask=tokens < T)
+    tl.store(cut + T + tokens, tl.minimum(end, tokens + half + 1), mask=tokens < T)
+
+
+def cut_ranges(ranges: Tensor, window: int) -> Tensor:
+    """The keys of each range at most `window // 2` tokens away."""
+    T, cut = ranges.shape[1], torch.empty_like(ranges)
+    _cut_kernel[(triton.cdiv(T, RANGES_TILE.cols),)](
+        ranges, cut, T, min(window // 2, T), RANGES_TILE.cols, **RANGES_TILE.options()
+    )
+    return cut
+
+
 @contextmanager
 def given_ranges(ranges: Tensor) -> Iterator[None]:
     """In the block, and this thread, every attention over as many tokens reads these instead of its `cu_seqlens`."""

@@ -18,8 +18,8 @@ from torch import nn
 
 from fastbert.models.activations import activation
 from fastbert.models.layer_stack import LayerStack, Trace
-from fastbert.models.plain import split_linear
 from fastbert.models.outputs import BaseModelOutput, BaseModelOutputWithPooling
+from fastbert.models.plain import split_linear
 from fastbert.models.pretrained import PreTrainedModel
 from fastbert.ops import add_layer_norm, attention, embed, pool
 from fastbert.ops.attention import attention_probs
@@ -102,9 +102,7 @@ class SelfAttention(nn.Module):
         self.dense = nn.Linear(D, D)
         self.dropout_p = config.attention_probs_dropout_prob
 
-    def forward(
-        self, x: torch.Tensor, batch: PackedBatch, trace: Trace, rel_bias: torch.Tensor | None = None
-    ) -> Split:
+    def forward(self, x: torch.Tensor, batch: PackedBatch, trace: Trace, rel_bias: torch.Tensor | None = None) -> Split:
         """(T, D) -> (T, D) and the bias (D) to add. `rel_bias` as in `fastbert.ops.attention`."""
         qkv = self.qkv(x).view(x.shape[0], 3, self.num_heads, x.shape[1] // self.num_heads)
         if trace.attentions is not None:

@@ -16,6 +16,7 @@ OPS = (
     "embed",
     "attention",
     "attention_rel_bias",
+    "attention_window",
     "add_layer_norm",
     "gelu",
     "pool",

@@ -1,10 +1,11 @@
 """out = softmax(Q K^T / sqrt(K) + bias(j - i)) V for every sequence of a packed batch: no token sees another one's.
 
-The bias of key j for query i is optional, and a function of their offset and the head only.
+The bias of key j for query i is optional, and a function of their offset and the head only; so is a window of keys.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
@@ -32,7 +33,13 @@ def _offset_bias(rel_bias: torch.Tensor, length: int) -> torch.Tensor:
 
 
 def _probs(
-    qkv: torch.Tensor, start: int, count: int, length: int, scale: float | None, rel_bias: torch.Tensor | None
+    qkv: torch.Tensor,
+    start: int,
+    count: int,
+    length: int,
+    scale: float | None,
+    rel_bias: torch.Tensor | None,
+    window: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Probabilities (count, H, length, length), fp32 or wider, and values (count, H, length, K) of one run."""
     H, K = qkv.shape[2:]
@@ -41,14 +48,21 @@ def _probs(
     scores = (q @ k.mT).to(torch.promote_types(qkv.dtype, torch.float32)) * (K**-0.5 if scale is None else scale)
     if rel_bias is not None:
         scores = scores + _offset_bias(rel_bias.to(scores.dtype), length)
+    if window is not None:
+        positions = torch.arange(length, device=qkv.device)
+        scores = scores.masked_fill((positions - positions[:, None]).abs() > window // 2, -math.inf)
     return torch.softmax(scores, dim=-1), v
 
 
 def attention_probs(
-    qkv: torch.Tensor, cu_seqlens: torch.Tensor, scale: float | None = None, rel_bias: torch.Tensor | None = None
+    qkv: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    scale: float | None = None,
+    rel_bias: torch.Tensor | None = None,
+    window: int | None = None,
 ) -> list[torch.Tensor]:
     """The exact probabilities of `attention`, in plain PyTorch: S tensors (H, length, length) in the dtype of `qkv`."""
-    return [p for run in _runs(cu_seqlens) for p in _probs(qkv, *run, scale, rel_bias)[0].to(qkv.dtype)]
+    return [p for run in _runs(cu_seqlens) for p in _probs(qkv, *run, scale, rel_bias, window)[0].to(qkv.dtype)]
 
 
 def attention_ref(
@@ -59,12 +73,13 @@ def attention_ref(
     dropout_p: float = 0.0,
     seed: Seed = 0,
     rel_bias: torch.Tensor | None = None,
+    window: int | None = None,
 ) -> torch.Tensor:
     """The specification: one dense softmax per sequence, in fp32 for half-precision inputs."""
     H, K = qkv.shape[2:]
     out = [qkv.new_empty(0, H, K)]
     for start, count, length in _runs(cu_seqlens):
-        probs, v = _probs(qkv, start, count, length, scale, rel_bias)
+        probs, v = _probs(qkv, start, count, length, scale, rel_bias, window)
         if dropout_p > 0.0:
             tokens = torch.arange(start, start + count * length, device=qkv.device).view(count, 1, length, 1)
             rows = tokens * H + torch.arange(H, device=qkv.device).view(H, 1, 1)
@@ -87,19 +102,26 @@ class AttentionFunction(torch.autograd.Function):
         scale: float,
         dropout_p: float,
         seed: Seed,
+        window: int | None,
     ) -> torch.Tensor:
-        out, lse = backend.attention_fwd(qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed)
-        ctx.backend, ctx.max_seqlen, ctx.scale, ctx.dropout_p, ctx.seed = backend, max_seqlen, scale, dropout_p, seed
+        rest = cu_seqlens, max_seqlen, scale, dropout_p, seed
+        if window is None:
+            out, lse = backend.attention_fwd(qkv, *rest)
+        else:
+            out, lse = backend.attention_window_fwd(qkv, window, *rest)
+        ctx.backend, ctx.window, ctx.rest = backend, window, rest[1:]
         ctx.save_for_backward(qkv, out, lse, cu_seqlens)
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[Any, ...]:
         qkv, out, lse, cu_seqlens = ctx.saved_tensors
-        dqkv = ctx.backend.attention_bwd(
-            dout.contiguous(), qkv, out, lse, cu_seqlens, ctx.max_seqlen, ctx.scale, ctx.dropout_p, ctx.seed
-        )
-        return None, dqkv, None, None, None, None, None
+        saved = out, lse, cu_seqlens, *ctx.rest
+        if ctx.window is None:
+            dqkv = ctx.backend.attention_bwd(dout.contiguous(), qkv, *saved)
+        else:
+            dqkv = ctx.backend.attention_window_bwd(dout.contiguous(), qkv, ctx.window, *saved)
+        return None, dqkv, None, None, None, None, None, None
 
 
 class AttentionRelBiasFunction(torch.autograd.Function):
@@ -139,6 +161,7 @@ def attention(
     dropout_p: float = 0.0,
     seed: Seed = 0,
     rel_bias: torch.Tensor | None = None,
+    window: int | None = None,
 ) -> torch.Tensor:
     """Bidirectional multi-head attention over packed sequences (Vaswani et al. 2017, arXiv 1706.03762, eq. 1).
 
@@ -151,13 +174,16 @@ def attention(
         rel_bias: (H, 2R - 1) float or None: the scaled score of query i and key j, counted in their own sequence,
             gains `rel_bias[h, clamp(j - i, -(R - 1), R - 1) + R - 1]` (Shaw et al. 2018, arXiv 1803.02155; Raffel et
             al. 2019, arXiv 1910.10683). It has a gradient.
+        window: query i sees key j of its sequence only if |i - j| <= window // 2, so at most `window + 1` keys for an
+            even one (Beltagy et al. 2020, arXiv 2004.05150); None: all. Not with a `rel_bias`.
 
     Returns:
         (T, H, K) in the dtype of `qkv`. The softmax runs in fp32 (fp64 for fp64 inputs).
         Saved for backward: `qkv`, the output and the log-sum-exp (T, H); probabilities are recomputed.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, or a dropout probability outside [0, 1).
+        ValueError: shapes or dtypes that do not fit, a dropout probability outside [0, 1), a negative window, or one
+            beside a `rel_bias`.
     """
     if qkv.ndim != 4 or qkv.shape[1] != 3:
         raise ValueError(f"qkv must have shape (T, 3, H, K), got {tuple(qkv.shape)}")
@@ -172,12 +198,15 @@ def attention(
         )
     check_devices(qkv=qkv, cu_seqlens=cu_seqlens, rel_bias=rel_bias)
     check_dropout(dropout_p)
-    backend = backend_for("attention" if rel_bias is None else "attention_rel_bias", qkv)
+    if window is not None and (window < 0 or rel_bias is not None):
+        raise ValueError(f"window must be at least 0, and has no rel_bias beside it; got window {window}, {rel_bias=}")
+    op = "attention_window" if window is not None else "attention" if rel_bias is None else "attention_rel_bias"
+    backend = backend_for(op, qkv)
     if backend is None:
-        return attention_ref(qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed, rel_bias)
+        return attention_ref(qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed, rel_bias, window)
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
     if rel_bias is not None:
         return AttentionRelBiasFunction.apply(
             backend, qkv.contiguous(), rel_bias.contiguous(), cu_seqlens, max_seqlen, scale, dropout_p, seed
         )
-    return AttentionFunction.apply(backend, qkv.contiguous(), cu_seqlens, max_seqlen, scale, dropout_p, seed)
+    return AttentionFunction.apply(backend, qkv.contiguous(), cu_seqlens, max_seqlen, scale, dropout_p, seed, window)

@@ -18,6 +18,7 @@ from fastbert.ops.pool import pool
 RECOMPUTED = {
     "embed": "sum of rows, dropout mask",
     "attention": "probabilities, dropout mask",
+    "attention_window": "probabilities, dropout mask",
     "attention_rel_bias": "probabilities, dropout mask, biased scores",
     "add_layer_norm": "x + x_bias, sum, normalised rows, dropout mask",
     "gelu": "x + bias",
@@ -73,6 +74,7 @@ def training_memory(
     calls: dict[str, Callable[[], torch.Tensor]] = {
         "embed": lambda: embed(ids % 50, ids, types, word, position, kind, w, b, dropout_p=0.1, seed=1),
         "attention": lambda: attention(qkv, cu, T, dropout_p=0.1, seed=1),
+        "attention_window": lambda: attention(qkv, cu, T, dropout_p=0.1, seed=1, window=64),
         "attention_rel_bias": lambda: attention(qkv, cu, T, dropout_p=0.1, seed=1, rel_bias=rel_bias),
         "add_layer_norm": lambda: add_layer_norm(x, r, w, b, dropout_p=0.1, seed=1, x_bias=b),
         "gelu": lambda: gelu(inner, bias),

@@ -161,7 +161,7 @@ _register(
 embed_fwd, embed_bwd = _seeded(_ops.embed_fwd), _seeded(_ops.embed_bwd)
 
 
-# attention, without and with a relative bias
+# attention, alone, in a window, and with a relative bias
 
 _TAIL = "Tensor cu_seqlens, SymInt max_seqlen, float scale, float dropout_p, Tensor seed"
 
@@ -182,6 +182,16 @@ _register(
     lambda dout, qkv, *rest: torch.empty_like(qkv),
 )
 _register(
+    f"attention_window_fwd(Tensor qkv, SymInt window, {_TAIL}) -> (Tensor, Tensor)",
+    lambda qkv, *rest: _real("attention_window", qkv).attention_window_fwd(qkv, *rest[:-1], int(rest[-1])),
+    _attention_fwd_fake,
+)
+_register(
+    f"attention_window_bwd(Tensor dout, Tensor qkv, SymInt window, Tensor out, Tensor lse, {_TAIL}) -> Tensor",
+    lambda dout, qkv, *rest: _real("attention_window", qkv).attention_window_bwd(dout, qkv, *rest[:-1], int(rest[-1])),
+    lambda dout, qkv, *rest: torch.empty_like(qkv),
+)
+_register(
     f"attention_rel_bias_fwd(Tensor qkv, Tensor rel_bias, {_TAIL}) -> (Tensor, Tensor)",
     lambda qkv, *rest: _real("attention_rel_bias", qkv).attention_rel_bias_fwd(qkv, *rest[:-1], int(rest[-1])),
     _attention_fwd_fake,
@@ -195,6 +205,8 @@ _register(
     lambda dout, qkv, rel_bias, *rest: _like(qkv, rel_bias),
 )
 attention_fwd, attention_bwd = _seeded(_ops.attention_fwd), _seeded(_ops.attention_bwd)
+attention_window_fwd = _seeded(_ops.attention_window_fwd)
+attention_window_bwd = _seeded(_ops.attention_window_bwd)
 attention_rel_bias_fwd = _seeded(_ops.attention_rel_bias_fwd)
 attention_rel_bias_bwd = _seeded(_ops.attention_rel_bias_bwd)
 

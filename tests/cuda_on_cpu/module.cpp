@@ -1,4 +1,4 @@
-// The bindings of the CUDA kernels as a module of their own, linked with kernels that g++ compiled. PYBIND11_MODULE would
+// The bindings of the CUDA kernels as a module of their own, linked with kernels of g++. PYBIND11_MODULE would
 // give every library of this name the first one's module, so a mutant would run what came before it.
 #include <pybind11/pybind11.h>
 

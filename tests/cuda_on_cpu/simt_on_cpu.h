@@ -220,9 +220,11 @@ void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
     for (int r = 0; r < 4; ++r) {
       const int i = simt::lane() / 4 + 8 * (r / 2), j = simt::lane() % 4 * 2 + r % 2;
       for (int k = 0; k < 16; ++k) {
-        const unsigned x = w.words[4 * (i % 8) + k % 8 / 2][i / 8 + 2 * (k / 8)], y = w.words[4 * j + k % 8 / 2][4 + k / 8];
+        const unsigned x = w.words[4 * (i % 8) + k % 8 / 2][i / 8 + 2 * (k / 8)];
+        const unsigned y = w.words[4 * j + k % 8 / 2][4 + k / 8];
         const int shift = k % 2 * 16;
-        c[r] += to_float(T{static_cast<std::uint16_t>(x >> shift)}) * to_float(T{static_cast<std::uint16_t>(y >> shift)});
+        const T left{static_cast<std::uint16_t>(x >> shift)}, right{static_cast<std::uint16_t>(y >> shift)};
+        c[r] += to_float(left) * to_float(right);
       }
     }
     return 0;
