@@ -1,4 +1,4 @@
-"""What is done with finished vectors: fewer bits, and similarities. It knows no model."""
+"""What is done with finished vectors: off the device, fewer bits, and similarities. It knows no model."""
 
 from __future__ import annotations
 
@@ -12,6 +12,74 @@ import torch.nn.functional as F
 Vectors = torch.Tensor | np.ndarray | Sequence[Any]
 
 PRECISIONS = ("float32", "int8", "uint8", "binary", "ubinary")
+
+COPY = 16384  # vectors that wait on the device: a GPU is not waited for at each batch
+
+
+def _to_host(x: torch.Tensor) -> tuple[torch.Tensor, Callable[[], object]]:
+    """`x` in pinned memory, and what waits until it is there: the device goes on meanwhile."""
+    pinned = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    pinned.copy_(x, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record()
+    return pinned, done.synchronize
+
+
+class Collector:
+    """Puts vectors that come batch by batch into their rows of the caller's buffer.
+
+    From a GPU they leave `COPY` at a time through pinned memory, and while one copy is under way the next batches are
+    computed: the host waits for the device only as it writes the copy before.
+
+    Args:
+        out: (N, D) fp32 on the host.
+    """
+
+    def __init__(self, out: torch.Tensor) -> None:
+        self._out = out
+        self._rows: list[int] = []
+        self._parts: list[torch.Tensor] = []
+        self._pending: tuple[list[int], torch.Tensor, Callable[[], object]] | None = None
+
+    def add(self, rows: Sequence[int], vectors: torch.Tensor) -> None:
+        """vectors: (len(rows), D), on any device."""
+        self._rows += rows
+        self._parts.append(vectors)
+        if len(self._rows) >= COPY:
+            self._leave()
+
+    def finish(self) -> torch.Tensor:
+        """`out`, with every vector in it."""
+        self._leave()
+        self._write()
+        return self._out
+
+    def _leave(self) -> None:
+        if not self._parts:
+            return
+        found = self._parts[0] if len(self._parts) == 1 else torch.cat(self._parts)
+        before, rows = self._pending, self._rows
+        self._rows, self._parts = [], []
+        if found.device.type == "cpu":
+            self._put(rows, found)
+            return
+        leaving = (rows, *_to_host(found))
+        self._pending = before
+        self._write()
+        self._pending = leaving
+
+    def _put(self, rows: list[int], found: torch.Tensor) -> None:
+        if len(rows) == 1:
+            self._out[rows[0]] = found[0]
+        else:
+            self._out[rows] = found
+
+    def _write(self) -> None:
+        if self._pending is not None:
+            rows, pinned, wait = self._pending
+            wait()
+            self._put(rows, pinned)
+            self._pending = None
 
 
 def quantize_vectors(vectors: np.ndarray, precision: str) -> np.ndarray:

@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from benchmarks import __main__ as suite
-from benchmarks import compare, encoder, gpu, harness, ops, peers, report
+from benchmarks import compare, encoder, harness, ops, peers, report
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import report as gpu_report
 from benchmarks.texts import WORDS, real_texts
 from fastbert import Embedder, testing
 
@@ -154,6 +156,7 @@ def test_every_step_of_the_gpu_benchmark(tmp_path, monkeypatch, capsys):
     assert {("bert-base mlm", "training"), ("linear_gelu", "forward"), ("float8_linear", "forward")} <= measured
     assert "fastbert" in {row["backend"] for row in rows}
     assert len(list(tmp_path.glob("gpu-*-peak.csv"))) == 1
+    assert {"torch packed varlen_attn", "torch sdpa padded", "torch.compile padded"} <= {r["backend"] for r in rows}
     assert "is wrong" not in out
     for section in gpu.SECTIONS:
         assert f"\n{section}: " in out
@@ -169,14 +172,14 @@ def test_the_gpu_benchmark_keeps_to_its_box(tmp_path, monkeypatch, capsys):
 
 
 def test_a_wrong_variant_gets_no_number(capsys):
-    at = gpu.setting(True, "bfloat16", 1)
+    at = gpu_report.setting(True, "bfloat16", 1)
     right = torch.ones(3)
 
     def absent():
         raise NotImplementedError("no such kernel")
 
     runs = {"right": lambda: right, "wrong": lambda: 1.01 * right, "absent": absent}
-    assert list(gpu.checked("op", at, runs, right)) == ["right"]
+    assert list(gpu_report.checked("op", at, runs, right)) == ["right"]
     out = capsys.readouterr().out
     assert "wrong is wrong" in out
     assert "absent does not run here: no such kernel" in out

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fastbert
-from fastbert import kernels, native, use_backend
+from fastbert import kernels, native, use_backend, vectors
 from fastbert.embedder import resolve_dtype
 from fastbert.engine import choice, cuda, use_engine
 from fastbert.models.encoder import EncoderModel
@@ -320,3 +320,67 @@ def test_which_backend_this_was():
     """So that the interpreter's run of this file is one."""
     assert ("triton" if os.environ.get("TRITON_INTERPRET") == "1" else "native") == BACKEND
     assert choice._ENGINES["cuda"] is cuda
+
+
+# The embedder beside the engine: batches go in from the host, vectors come out one copy behind.
+
+
+class _FarTensor(torch.Tensor):
+    """On the CPU, but says that it is on a GPU."""
+
+    device = torch.device("cuda")
+
+
+def test_vectors_are_written_one_copy_behind_the_device(monkeypatch):
+    """A copy has arrived only when it was waited for, and only the one before the latest is."""
+    waited = []
+
+    def to_host(x):
+        values, arrived = torch.Tensor(x).clone(), torch.full(x.shape, float("nan"))
+
+        def wait():
+            waited.append(len(waited))
+            arrived.copy_(values)
+
+        return arrived, wait
+
+    monkeypatch.setattr(vectors, "_to_host", to_host)
+    monkeypatch.setattr(vectors, "COPY", 4)
+    right = torch.arange(30.0).view(10, 3)
+    order, out = [7, 2, 9, 0, 1, 8, 3, 5, 6, 4], torch.full((10, 3), float("nan"))
+    collector = vectors.Collector(out)
+    waits = []
+    for lo in range(0, 10, 2):
+        rows = order[lo : lo + 2]
+        collector.add(rows, right[rows].as_subclass(_FarTensor))
+        waits.append(len(waited))
+    assert waits == [0, 0, 0, 1, 1], "the host waited for a copy that was only just begun"
+    assert collector.finish() is out
+    assert torch.equal(out, right)
+
+
+def test_a_batch_on_the_host_is_moved_where_no_engine_stages_it():
+    model = build()
+    moved = []
+
+    class Batch(PackedBatch):
+        def to(self, device, non_blocking=False):
+            moved.append(torch.device(device))
+            return super().to(device, non_blocking)
+
+    batch = batch_of(model)
+    host = Batch(batch.input_ids, batch.position_ids, batch.type_ids, batch.cu_seqlens, batch.max_seqlen)
+    assert torch.equal(chain(model, host), chain(model, batch))
+    assert moved == [torch.device("cpu")]
+
+
+@pytest.mark.gpu
+@gpu
+def test_embedder_on_a_gpu_equals_its_own_ops(minilm):
+    embedder = fastbert.Embedder.from_pretrained(minilm, device="cuda", dtype="float32")
+    texts = [f"text {'word ' * (i % 40)}{i}" for i in range(300)]
+    with use_backend("triton"):
+        found = embedder.encode(texts, token_budget=1000)
+        with use_engine("off"):
+            right = embedder.encode(texts, token_budget=1000)
+    assert abs(found - right).max() < 1e-5

@@ -534,7 +534,7 @@ def test_long_lists_are_computed_in_windows(build, monkeypatch):
     texts = [f"{'w ' * (i % 9)}{i}" for i in range(50)]
     expected = embedder.encode(texts)
     monkeypatch.setattr("fastbert.windows.WINDOW", 7)
-    monkeypatch.setattr("fastbert.embedder.COPY", 11)
+    monkeypatch.setattr("fastbert.vectors.COPY", 11)
     sizes = []
     encode = type(embedder.tokenizer).encode
     monkeypatch.setattr(

@@ -262,6 +262,7 @@ class EncoderModel(PreTrainedModel):
 
         `inputs_embeds` (N, E) replaces the word table: `batch.input_ids` are then rows of it. In `eval()` without
         autograd, where nothing is recorded and no table replaced, an engine computes it if it can: `execution_plan`.
+        A batch on the host is staged by the engine, or copied to where the model is.
         """
         recorded = trace is not None and (trace.hidden_states is not None or trace.attentions is not None)
         traced = torch.compiler.is_compiling()
@@ -269,6 +270,7 @@ class EncoderModel(PreTrainedModel):
             hidden_TD = _engines().run(self, batch)
             if hidden_TD is not None:
                 return hidden_TD
+        batch = batch.to(self.embeddings.word_embeddings.weight.device, non_blocking=True)
         return self.encoder(self.embed(batch, inputs_embeds), batch, trace or Trace())
 
     def encode_packed(self, batch: PackedBatch) -> Encoded:

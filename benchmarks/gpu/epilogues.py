@@ -1,0 +1,55 @@
+"""GEMMs with epilogues and in float8, beside the vendor's GEMM and a kernel after it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.gpu.report import Report, checked, forced, tensors
+from fastbert import kernels, ops
+from fastbert.ops.float8_linear import float8_linear_ref, quantize_rows_float8
+
+
+def epilogues(report: Report) -> Iterator[None]:
+    """What `kernels/configs.EPILOGUES` should name on this architecture: one kernel against GEMM and kernel."""
+    at = report.at
+    D, N = at.config.hidden_size, at.config.intermediate_size
+    with torch.no_grad():
+        for T in dict.fromkeys((min(128, at.tokens), at.tokens)):
+            x, up, inner, down = tensors(at, T, D), tensors(at, N, D), tensors(at, T, N), tensors(at, D, N)
+            up, down = up * D**-0.5, down * N**-0.5
+            b_up, b_down, residual = tensors(at, N), tensors(at, D), tensors(at, T, D)
+            flop = 2 * T * D * N
+            nbytes = x.nbytes + up.nbytes + inner.nbytes
+            runs = {
+                "fused": lambda x=x, up=up, b=b_up: kernels.linear_gelu_fwd(x, up, b, "none"),
+                "cublas + fastbert": forced(lambda x=x, up=up, b=b_up: ops.gelu(F.linear(x, up, b)), at),
+            }
+            good = checked("linear_gelu", at, runs, F.gelu(F.linear(x, up, b_up)))
+            report.add("linear_gelu", f"T{T}", "forward", good, nbytes, flop)
+            runs = {
+                "fused": lambda x=inner, w=down, b=b_down, r=residual: kernels.linear_add_fwd(x, w, b, r),
+                "cublas + torch": lambda x=inner, w=down, b=b_down, r=residual: F.linear(x, w, b) + r,
+            }
+            good = checked("linear_add", at, runs, F.linear(inner, down, b_down) + residual)
+            report.add("linear_add", f"T{T}", "forward", good, nbytes + x.nbytes, flop)
+            yield
+            weight, scale = quantize_rows_float8(up)
+            runs = {
+                "float8": forced(lambda x=x, w=weight, s=scale, b=b_up: ops.float8_linear(x, w, s, b), at),
+                "torch._scaled_mm": partial(scaled_mm, x, weight, scale, b_up),
+            }
+            good = checked("float8_linear", at, runs, float8_linear_ref(x, weight, scale, b_up))
+            if good:
+                good["cublas, not 8 bits"] = lambda x=x, up=up, b=b_up: F.linear(x, up, b)
+            report.add("float8_linear", f"T{T}", "forward", good, nbytes, flop)
+            yield
+
+
+def scaled_mm(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """torch's float8 product with our quantisation of the rows."""
+    q, row_scale = kernels.quantize_rows_fwd(x)
+    return torch._scaled_mm(q, weight.mT, scale_a=row_scale[:, None], scale_b=scale[None], bias=bias, out_dtype=x.dtype)

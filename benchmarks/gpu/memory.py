@@ -1,0 +1,51 @@
+"""The op kernels that move bytes, beside plain torch and torch.compile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.gpu.report import Report, Run, checked, forced, tensors
+from fastbert import ops
+
+
+def memory_bound(report: Report) -> Iterator[None]:
+    """The op kernels that move bytes, beside plain torch and torch.compile, forward and backward."""
+    at = report.at
+    T = at.tokens * (1 if at.dry else 4)
+    for D in (at.config.hidden_size, at.large.hidden_size):
+        x, residual, dy = (tensors(at, T, D) for _ in range(3))
+        leaves = [t.detach().requires_grad_() for t in (x, residual, tensors(at, D), tensors(at, D))]
+        run = partial(ops.add_layer_norm, *leaves)
+        variants: dict[str, Run] = {"fastbert": forced(run, at), "torch": partial(_add_layer_norm, *leaves)}
+        if not at.dry:
+            variants["torch.compile"] = partial(torch.compile(_add_layer_norm), *leaves)
+        with torch.no_grad():
+            good = checked("add_layer_norm", at, variants, variants["torch"]())
+            report.add("add_layer_norm", f"T{T}_D{D}", "forward", good, 3 * x.nbytes, 0)
+        both: dict[str, Run] = {name: partial(_both, variant, leaves, dy) for name, variant in variants.items()}
+        both["fastbert"] = forced(both["fastbert"], at)
+        good = checked("add_layer_norm", at, both, both["torch"]())
+        report.add("add_layer_norm", f"T{T}_D{D}", "training", good, 8 * x.nbytes, 0)
+        yield
+    inner, bias = tensors(at, at.tokens, at.config.intermediate_size), tensors(at, at.config.intermediate_size)
+    with torch.no_grad():
+        runs = {
+            "fastbert": forced(partial(ops.gelu, inner, bias), at),
+            "torch": lambda: F.gelu(inner + bias),
+        }
+        good = checked("gelu", at, runs, F.gelu(inner.float() + bias.float()))
+        report.add("gelu", f"T{at.tokens}_F{inner.shape[1]}", "forward", good, 2 * inner.nbytes, 0)
+    yield
+
+
+def _add_layer_norm(x: torch.Tensor, residual: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return F.layer_norm(x + residual, w.shape, w, b, 1e-12)
+
+
+def _both(run: Run, leaves: list[torch.Tensor], dy: torch.Tensor) -> torch.Tensor:
+    """Forward and backward; dx."""
+    return torch.autograd.grad(run(), leaves, dy)[0]
