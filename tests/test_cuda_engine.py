@@ -14,9 +14,9 @@ import torch
 import fastbert
 from fastbert import kernels, native, use_backend, vectors
 from fastbert.embedder import resolve_dtype
-from fastbert.engine import choice, cuda, use_engine
+from fastbert.engine import choice, cuda, cuda_layers, use_engine
 from fastbert.models.encoder import EncoderModel
-from fastbert.models.quantize import loaded_dtype, quantize_float8, quantize_int8
+from fastbert.models.quantize import Float8Linear, loaded_dtype, quantize_float8, quantize_int8
 from fastbert.packing import PackedBatch, pack
 
 SIZES = {
@@ -182,7 +182,8 @@ def test_too_many_tokens_run_as_ops(monkeypatch):
 # Freshness: weights are the model's own memory.
 
 
-def test_a_write_to_a_weight_is_seen_without_a_capture():
+def test_a_write_to_a_weight_is_seen_without_a_capture(monkeypatch):
+    monkeypatch.setattr(cuda, "form_of", cuda_layers.Chain)
     model = build()
     engine, batch = engine_of(model), batch_of(model)
     before = engine.run(batch)
@@ -265,6 +266,62 @@ def test_float8_weights():
     with pytest.raises(ValueError, match=r"GPUs of compute capability 8\.9 or newer"):
         resolve_dtype("float8", torch.device("cpu"))
     assert (loaded_dtype("float8"), loaded_dtype("float16")) == ("bfloat16", "float16")
+
+
+# The forms of the layers.
+
+
+in_kernels = pytest.mark.skipif(not kernels.interpreted(), reason="runs in the interpreter")
+
+
+@in_kernels
+@pytest.mark.parametrize("name", ["bert", "bert-tanh", "bert-relu", "albert", "mpnet"])
+def test_folded_norms_give_what_the_chain_gives(name, poisoned_empty):
+    model = build(name)
+    with torch.no_grad():  # ones would hide a forgotten weight
+        for module in model.modules():
+            if isinstance(module, torch.nn.LayerNorm):
+                module.weight.uniform_(0.5, 1.5)
+    engine, batch = engine_of(model), batch_of(model)
+    assert isinstance(engine._layers, cuda_layers.Folded)
+    right = chain(model, batch)
+    torch.testing.assert_close(engine.run(batch), right, rtol=0, atol=2e-5)
+    layers = list(cuda.layers_of(model.encoder))
+    layers[0].attention_LayerNorm.weight.data.mul_(1.1)  # the copy stays: the mutant
+    assert (engine.run(batch) - chain(model, batch)).abs().max() > 1e-3
+
+
+@in_kernels
+def test_a_write_to_a_folded_weight_is_seen():
+    model = build()
+    engine = engine_of(model)
+    assert engine.is_fresh(model)
+    with torch.no_grad():
+        model.encoder.layer[1].attention.qkv.weight.mul_(1.5)
+    assert not engine.is_fresh(model)
+
+
+@in_kernels
+def test_float8_rows_go_from_kernel_to_kernel(poisoned_empty, monkeypatch):
+    """Storage is fp32, so that only scales can go wrong: the model of the quantised weights, exactly."""
+    from fastbert.kernels import float8
+
+    monkeypatch.setattr(float8, "FLOAT8", torch.float32)
+    model, batch, calls = quantize_float8(build()), batch_of(build()), []
+    exact = build()
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, Float8Linear):
+                module.weight = module.weight.float()
+                exact.get_submodule(name).weight.copy_(module.weight * module.weight_scale[:, None])
+    monkeypatch.setattr(
+        "fastbert.models.quantize.float8_linear",
+        lambda x, w, s, b: calls.append(1) or torch.nn.functional.linear(x, w * s[:, None], b),
+    )
+    engine = engine_of(model)
+    assert isinstance(engine._layers, cuda_layers.Float8)
+    torch.testing.assert_close(engine.run(batch), chain(exact, batch), rtol=0, atol=2e-5)
+    assert len(calls) == 3, "the first product, and attention's output in two layers, are quantised apart"
 
 
 # On a GPU.

@@ -222,6 +222,13 @@ def test_sizes_past_the_register_file_are_named():
         configs.norm_tile(20000, torch.float32)
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_a_dtype_without_kernels_is_named(op):
+    inputs = next(c for c in testing.CASES if c.op == op).inputs(torch.float64)
+    with ops.use_backend("triton"), pytest.raises(NotImplementedError, match=rf"has no {op} for torch\.float64 on cpu"):
+        testing.PUBLIC[op](**inputs)
+
+
 @compiled
 def test_where_the_backend_runs(monkeypatch):
     assert not kernels.supports("gelu", "cpu", torch.float32)
@@ -249,6 +256,8 @@ def test_every_op_has_both_directions():
 
 
 # Ahead-of-time compilation: what the compiler made of every kernel for a GPU that is not here.
+
+FLOAT8 = ("float8_linear", "float8_rows_linear", "float8_gelu", "add_layer_norm_float8")
 
 # Registers of a thread: 65536 a multiprocessor, so 80 leave six programs of 128 threads, up to 255 leave two. Triton
 # 3.6 and 3.9 differ by up to 50 for one kernel.
@@ -286,7 +295,7 @@ def _check(kernel: ahead.Compiled) -> None:
 def test_compiles_ahead_without_spills(architecture):
     found = ahead.compile_ahead(architecture)
     fused = {"linear_gelu_fwd", "linear_add_fwd", "linear_rows_fwd", "norm_linear_fwd"}
-    fused |= {"float8_linear_fwd"} if architecture >= ahead.OLDEST_FLOAT8 else set()
+    fused |= {f"{name}_fwd" for name in FLOAT8} if architecture >= ahead.OLDEST_FLOAT8 else set()
     assert {c.call.split()[0] for c in found} == fused | {f"{op}_{way}" for op in OPS for way in ("fwd", "bwd")}
     for kernel in found:
         _check(kernel)
@@ -297,6 +306,18 @@ def test_compiles_ahead_without_spills(architecture):
 def test_widest_heads_do_not_spill(architecture):
     for kernel in ahead.compile_ahead(architecture, head_size=128, match="attention_rel_bias"):
         assert kernel.spills == 0, f"{kernel.kernel} keeps {kernel.spills} bytes of each thread in memory"
+
+
+@compiled
+def test_the_absent_gpu_goes_again():
+    driver = triton.runtime.driver
+    before = driver._active
+    ahead.compile_ahead(80, match="gelu_fwd tanh")
+    assert driver._active is before
+    with pytest.raises(TypeError, match="compile_ahead"), ahead._recording(90):
+        assert configs.architecture() == 90
+        raise TypeError("compile_ahead")
+    assert driver._active is before
 
 
 @compiled

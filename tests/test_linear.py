@@ -83,7 +83,7 @@ def _folded_ref(i: dict[str, torch.Tensor], form: str, eps: float) -> tuple[torc
 @pytest.mark.parametrize("offset", [0.0, 3.0])
 def test_a_folded_norm_is_within_budget(shape, dtype, offset, poisoned_empty):
     """z comes from a GEMM with its statistics, and the norm of z is only ever applied to the sums of the next one."""
-    from fastbert.kernels.linear import fold_norm, linear_rows_fwd, norm_linear_fwd
+    from fastbert.kernels.linear import fold_norm_fwd, linear_rows_fwd, norm_linear_fwd
 
     T, K, _ = shape
     i, before = _inputs(shape, dtype), _inputs((T, 32, K), dtype, seed=1)
@@ -91,7 +91,7 @@ def test_a_folded_norm_is_within_budget(shape, dtype, offset, poisoned_empty):
     rows = linear_rows_fwd(*_linear(before), before["residual"], i["gamma"], i["beta"], 1e-5)
     assert torch.equal(rows.z, kernels.linear_add_fwd(*_linear(before), before["residual"]))
     i["x"] = rows.z
-    folded = fold_norm(i["weight"], i["bias"], i["gamma"], i["beta"])
+    folded = fold_norm_fwd(i["weight"], i["bias"], i["gamma"], i["beta"])
     for form in ("", "erf", "tanh"):
         ours = norm_linear_fwd(rows, folded, form)
         assert_within_budget(ours, _folded_ref(i, form, 1e-5)[0], _folded_ref(_wide(i), form, 1e-5)[0], factor=4.0)
@@ -142,7 +142,7 @@ def test_float8_reference_is_near_float(dtype):
 @on_kernels
 def test_float8_quantisation_kernel(poisoned_empty):
     """On values that float8 has: the interpreter loses the carry of a mantissa that rounds up to a power of two."""
-    from fastbert.kernels.linear import quantize_rows_fwd
+    from fastbert.kernels.float8 import quantize_rows_fwd
 
     g = torch.Generator().manual_seed(0)
     q = torch.randint(-448, 449, (37, 24), generator=g).float().to(torch.float8_e4m3fn)
@@ -169,6 +169,37 @@ def test_float8_kernel_is_within_budget(shape, dtype, poisoned_empty, monkeypatc
     x, weight, scale, bias = _float8(i)
     with pytest.raises(AssertionError, match="budget"):
         assert_within_budget(kernels.float8_linear_fwd(x, weight, scale * 1.1, bias), ours, exact)
+
+
+@on_kernels
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rows_quantised_by_the_kernel_that_makes_them(shape, poisoned_empty, monkeypatch):
+    """Norm, GELU, linear layer. Storage is fp32 here: scales must cancel, and a float8 that the interpreter would round
+    wrongly hides nothing."""
+    from fastbert.kernels import float8
+
+    monkeypatch.setattr(float8, "FLOAT8", torch.float32)
+    i, after = _inputs(shape, torch.float32), _inputs((shape[0], shape[2], shape[1]), torch.float32, seed=1)
+    T, K, N = shape
+    z, up, down = i["x"], torch.rand(N) + 0.5, torch.rand(K) + 0.5
+    y, rows = kernels.add_layer_norm_float8_fwd(z, after["residual"], i["gamma"], i["beta"], 1e-5)
+    same = ops.add_layer_norm(z, after["residual"], i["gamma"], i["beta"], 1e-5)
+    torch.testing.assert_close(y, same)
+    assert rows.q.abs().amax(1).allclose(torch.tensor(448.0))
+    torch.testing.assert_close(rows.q * rows.scale.T, y)
+    inner = kernels.float8_gelu_fwd(rows, i["weight"], up, i["bias"], "none")
+    right = F.gelu(y @ i["weight"].T * up + i["bias"])
+    assert inner.scale.shape == (-(-N // inner.cols), T)
+    back = inner.q * inner.scale.T.repeat_interleave(inner.cols, 1)[:, :N]
+    torch.testing.assert_close(back, right, atol=1e-5, rtol=1e-5)
+    assert inner.q.abs().max() <= 448.01
+    found = kernels.float8_rows_linear_fwd(inner, after["weight"], down, after["bias"], torch.float32)
+    exact = right @ after["weight"].T * down + after["bias"]
+    torch.testing.assert_close(found, exact, atol=1e-4, rtol=1e-4)
+    if inner.scale.shape[0] > 1:  # the mutant: every group has the first one's scale
+        wrong = inner._replace(scale=inner.scale[:1].expand_as(inner.scale).contiguous())
+        found = kernels.float8_rows_linear_fwd(wrong, after["weight"], down, after["bias"], torch.float32)
+        assert (found - exact).abs().max() > 1e-2
 
 
 # The ops

@@ -37,6 +37,12 @@ def epilogues(report: Report) -> Iterator[None]:
             good = checked("linear_add", at, runs, F.linear(inner, down, b_down) + residual)
             report.add("linear_add", f"T{T}", "forward", good, nbytes + x.nbytes, flop)
             yield
+            gamma = torch.ones_like(b_down)
+            half = (inner, down, b_down, residual, gamma, b_down, up, b_up)
+            runs = {"fused": partial(folded_half, *half), "cublas + fastbert": forced(partial(half_layer, *half), at)}
+            good = checked("norm_linear", at, runs, half_layer(*half))
+            report.add("norm_linear", f"T{T}", "forward", good, 2 * nbytes, 2 * flop)
+            yield
             weight, scale = quantize_rows_float8(up)
             runs = {
                 "float8": forced(lambda x=x, w=weight, s=scale, b=b_up: ops.float8_linear(x, w, s, b), at),
@@ -47,6 +53,31 @@ def epilogues(report: Report) -> Iterator[None]:
                 good["cublas, not 8 bits"] = lambda x=x, up=up, b=b_up: F.linear(x, up, b)
             report.add("float8_linear", f"T{T}", "forward", good, nbytes, flop)
             yield
+
+
+def half_layer(
+    x: torch.Tensor, down: torch.Tensor, b_down: torch.Tensor, residual: torch.Tensor, gamma: torch.Tensor,
+    beta: torch.Tensor, up: torch.Tensor, b_up: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """A GEMM, the norm of its rows, and the GEMM and GELU after it."""
+    y = ops.add_layer_norm(F.linear(x, down), residual, gamma, beta, x_bias=b_down)
+    return ops.gelu(F.linear(y, up, b_up))
+
+
+def folded_half(
+    x: torch.Tensor, down: torch.Tensor, b_down: torch.Tensor, residual: torch.Tensor, gamma: torch.Tensor,
+    beta: torch.Tensor, up: torch.Tensor, b_up: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """The same with the norm in the two GEMMs; weights are folded before, as a frozen model's are."""
+    key = up.data_ptr()
+    if key not in _folded:
+        _folded.clear()
+        _folded[key] = kernels.fold_norm_fwd(up, b_up, gamma, beta)
+    rows = kernels.linear_rows_fwd(x, down, b_down, residual, gamma, beta, 1e-12)
+    return kernels.norm_linear_fwd(rows, _folded[key], "erf")
+
+
+_folded: dict[int, tuple[torch.Tensor, ...]] = {}
 
 
 def scaled_mm(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

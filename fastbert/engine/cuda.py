@@ -16,21 +16,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastbert import kernels
+from fastbert.engine.cuda_layers import form_of
 from fastbert.engine.watch import Watch, layers_of, parts_of, refusal
-from fastbert.models.activations import ACTIVATIONS
 from fastbert.models.albert import AlbertEncoder
-from fastbert.models.encoder import AddLayerNorm, EncoderModel, FeedForward, Layer
+from fastbert.models.encoder import EncoderModel
 from fastbert.models.mpnet import MPNetEncoder, relative_buckets
 from fastbert.models.quantize import Float8Linear
-from fastbert.ops import attention
-from fastbert.ops.dispatch import backend_for, can_look, capturable, forced_backend, fused
+from fastbert.ops.dispatch import backend_for, can_look, capturable, forced_backend
 from fastbert.ops.embed import check_ids
-from fastbert.ops.linear import linear_add, linear_gelu
 from fastbert.packing import PackedBatch
 
 SMALLEST, LARGEST = 64, 65536  # tokens of a bucket
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_FORMS = {ACTIVATIONS["gelu"]: "none", ACTIVATIONS["gelu_new"]: "tanh"}
 
 Replay = Callable[[], object]
 Capture = Callable[[Callable[[], torch.Tensor]], tuple[Replay, torch.Tensor]]
@@ -111,30 +108,6 @@ class _Bucket:
         return PackedBatch(ids, positions, types if has_types else None, self.cu_seqlens, self.num_tokens)
 
 
-def _add_norm(linear: nn.Module, x: torch.Tensor, residual: torch.Tensor, norm: AddLayerNorm) -> torch.Tensor:
-    """LN(linear(x) + residual)."""
-    if type(linear) is nn.Linear and fused("linear_add", x) is not None:
-        return norm(linear_add(x, linear.weight, linear.bias, residual))
-    return norm(linear(x), residual)
-
-
-def _inner(feed_forward: FeedForward, x: torch.Tensor) -> torch.Tensor:
-    """act(intermediate(x))."""
-    linear, form = feed_forward.intermediate, _FORMS.get(feed_forward.act)
-    if form is not None and type(linear) is nn.Linear and fused("linear_gelu", x) is not None:
-        return linear_gelu(x, linear.weight, linear.bias, form)
-    return feed_forward.act(linear(x))
-
-
-def _layer(layer: Layer, x: torch.Tensor, batch: PackedBatch, rel_bias: torch.Tensor | None) -> torch.Tensor:
-    """`Layer.forward`, (T, D) -> (T, D), with the epilogues that are measured to pay on this device."""
-    H = layer.attention.num_heads
-    qkv = layer.attention.qkv(x).view(x.shape[0], 3, H, x.shape[1] // H)
-    context = attention(qkv, batch.cu_seqlens, batch.max_seqlen, rel_bias=rel_bias).flatten(1)
-    x = _add_norm(layer.attention.dense, context, x, layer.attention_LayerNorm)
-    return _add_norm(layer.feed_forward.output, _inner(layer.feed_forward, x), x, layer.output_LayerNorm)
-
-
 class Engine:
     """A model's graphs, captured bucket by bucket as batches come. Threads and streams take turns.
 
@@ -145,6 +118,8 @@ class Engine:
     def __init__(self, watch: Watch, model: EncoderModel, capture: Capture) -> None:
         self._watch = watch
         self._embed, self._encoder, self._embeddings = model.embed, model.encoder, model.embeddings
+        self._layers = form_of(list(layers_of(self._encoder)))
+        self._versions = self._written()
         self._device = model.device
         self._capture = capture
         self._buckets: dict[int, _Bucket] = {}
@@ -155,7 +130,13 @@ class Engine:
 
     def is_fresh(self, model: EncoderModel) -> bool:
         """Whether the graphs still compute the model: same modules and settings, every tensor where it was."""
-        return self.backend == forced_backend() and parts_of(model) == self._watch.parts and self._watch.same()
+        same = self.backend == forced_backend() and parts_of(model) == self._watch.parts and self._watch.same()
+        return same and self._versions == self._written()
+
+    def _written(self) -> list[int]:
+        """How often torch has written to each weight, where copies of them are used: a write through `.data` it does
+        not count."""
+        return [t._version for t in self._watch.tensors] if self._layers.copies else []
 
     def run(self, batch: PackedBatch, out: torch.Tensor | None = None) -> torch.Tensor | None:
         """PackedBatch -> hidden states (T, D) of the last layer, or None for more than `LARGEST` tokens.
@@ -222,9 +203,7 @@ class Engine:
             if isinstance(self._encoder, MPNetEncoder):
                 table = self._encoder.relative_attention_bias.weight
                 rel_bias = F.embedding(relative_buckets(table.device), table).mT
-            for layer in layers_of(self._encoder):
-                x = _layer(layer, x, batch, rel_bias)
-            return x
+            return self._layers(x, batch, rel_bias)
 
     def __str__(self) -> str:
         how = "CUDA graphs" if self._device.type == "cuda" else "no graphs on a CPU"

@@ -17,8 +17,13 @@ import torch
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _FILES = {op: op for op in ("embed", "attention", "add_layer_norm", "gelu", "pool", "cross_entropy")}
 _FILES |= dict.fromkeys(("attention_rel_bias", "attention_window"), "attention")
-_EPILOGUES = ("linear_gelu", "linear_add")
-_FILES |= dict.fromkeys((*_EPILOGUES, "float8_linear", "quantize_rows"), "linear")
+_EPILOGUES = ("linear_gelu", "linear_add", "norm_linear")
+_FILES |= dict.fromkeys((*_EPILOGUES, "float8_linear"), "linear")
+_PARTS = {  # of fused layers, which engine/cuda.py builds: no op of their own
+    "add_layer_norm_float8": "add_layer_norm",
+    **dict.fromkeys(("float8_rows_linear", "float8_gelu", "linear_rows", "fold_norm"), "linear"),
+    "quantize_rows": "float8",
+}
 _RANGES = ("fill_ranges", "given_ranges")
 _OLDEST = (8, 0)  # Ampere: bf16 tensor cores and asynchronous copies
 _OLDEST_FLOAT8 = (8, 9)
@@ -41,7 +46,7 @@ def _too_old() -> bool:
 
 def supports(op: str, device_type: str, dtype: torch.dtype) -> bool:
     """Whether this backend computes `op` on that device and dtype."""
-    if op not in _FILES or op == "quantize_rows" or dtype not in DTYPES or not available():
+    if op not in _FILES or dtype not in DTYPES or not available():
         return False
     if device_type == "cpu":  # the interpreter multiplies the raw bits of bf16
         return interpreted() and dtype != torch.bfloat16
@@ -70,6 +75,7 @@ def __getattr__(name: str) -> Callable[..., Any]:
     if name in _RANGES:
         return getattr(importlib.import_module(f"{__name__}.ranges"), name)
     op = name.removesuffix("_fwd").removesuffix("_bwd")
-    if op == name or op not in _FILES:
+    file = (_FILES | _PARTS).get(op)
+    if op == name or file is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_FILES[op]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{file}"), name)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastbert.kernels.common import dropout_args, dropout_keep, on_device
 from fastbert.kernels.configs import norm_bwd_tile, norm_tile, num_partials
+from fastbert.kernels.float8 import Float8Rows, float8_of, new_rows
 
 
 @triton.jit
@@ -42,10 +43,11 @@ def _sum(x, x_bias, residual, offsets, inside, rows, cols, seed, threshold, keep
 
 @triton.jit(do_not_specialize=["seed", "threshold", "T"])
 def _add_layer_norm_fwd_kernel(
-    x, x_bias, residual, weight, bias, y, mean, rstd, eps, seed, threshold, keep_scale, T,
+    x, x_bias, residual, weight, bias, y, q, scale, mean, rstd, eps, seed, threshold, keep_scale, T,
     D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """One program: a few whole rows. Memory: reads x and residual, writes y; z lives in registers."""
+    """One program: a few whole rows. Memory: reads x and residual, writes y (and y in float8); z lives in
+    registers."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, COLS)
     inside = (rows < T)[:, None] & (cols < D)
@@ -56,9 +58,15 @@ def _add_layer_norm_fwd_kernel(
     mu, r = row_statistics(z, inside, eps, D)
     w = tl.load(weight + cols, mask=cols < D, other=0.0).to(tl.float32)
     b = tl.load(bias + cols, mask=cols < D, other=0.0).to(tl.float32)
-    tl.store(y + offsets, (z - mu[:, None]) * r[:, None] * w + b, mask=inside)
-    tl.store(mean + rows, mu, mask=rows < T)
-    tl.store(rstd + rows, r, mask=rows < T)
+    out = ((z - mu[:, None]) * r[:, None] * w + b).to(y.dtype.element_ty)
+    tl.store(y + offsets, out, mask=inside)
+    if q is not None:
+        values, s = float8_of(tl.where(inside, out.to(tl.float32), 0.0))
+        tl.store(q + offsets, values.to(q.dtype.element_ty), mask=inside)
+        tl.store(scale + rows, s, mask=rows < T)
+    if mean is not None:
+        tl.store(mean + rows, mu, mask=rows < T)
+        tl.store(rstd + rows, r, mask=rows < T)
 
 
 @triton.jit(do_not_specialize=["seed", "threshold", "T"])
@@ -118,10 +126,25 @@ def add_layer_norm_fwd(
     with on_device(x):
         tile = norm_tile(D, x.dtype)
         _add_layer_norm_fwd_kernel[(triton.cdiv(T, tile.rows),)](
-            x, x_bias, residual, weight.contiguous(), bias.contiguous(), y, mean, rstd, eps,
+            x, x_bias, residual, weight.contiguous(), bias.contiguous(), y, None, None, mean, rstd, eps,
             *dropout_args(dropout_p, seed), T, D, tile.rows, tile.cols, **tile.options(),
         )  # fmt: skip
     return y, mean, rstd
+
+
+def add_layer_norm_float8_fwd(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Float8Rows]:
+    """y for the next residual, and y in float8 for the next GEMM; inference only."""
+    T, D = x.shape
+    y, rows = torch.empty_like(x), new_rows(T, D, D, x.device)
+    with on_device(x):
+        tile = norm_tile(D, x.dtype)
+        _add_layer_norm_fwd_kernel[(triton.cdiv(T, tile.rows),)](
+            x, None, residual, weight.contiguous(), bias.contiguous(), y, rows.q, rows.scale, None, None, eps,
+            *dropout_args(0.0, 0), T, D, tile.rows, tile.cols, **tile.options(),
+        )  # fmt: skip
+    return y, rows
 
 
 def add_layer_norm_bwd(

@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastbert.kernels.add_layer_norm import add_layer_norm_bwd, add_layer_norm_fwd
+from fastbert.kernels.add_layer_norm import add_layer_norm_bwd, add_layer_norm_float8_fwd, add_layer_norm_fwd
 from fastbert.kernels.attention import (
     attention_bwd,
     attention_fwd,
@@ -32,11 +32,13 @@ from fastbert.kernels.attention import (
 )
 from fastbert.kernels.cross_entropy import cross_entropy_bwd, cross_entropy_fwd
 from fastbert.kernels.embed import embed_bwd, embed_fwd
+from fastbert.kernels.float8 import FLOAT8, Float8Rows
 from fastbert.kernels.gelu import gelu_bwd, gelu_fwd
 from fastbert.kernels.linear import (
-    FLOAT8,
     Rows,
+    float8_gelu_fwd,
     float8_linear_fwd,
+    float8_rows_linear_fwd,
     linear_add_fwd,
     linear_gelu_fwd,
     linear_rows_fwd,
@@ -98,7 +100,7 @@ def _calls(dtype: torch.dtype, K: int, p: float) -> dict[str, Callable[[], Any]]
     inner, up, down = torch.empty(4096, F, dtype=dtype), torch.empty(F, D, dtype=dtype), torch.empty(D, F, dtype=dtype)
     many, bias, wide = torch.empty(4096, D, dtype=dtype), torch.empty(D, dtype=dtype), torch.empty(F)
     rows = Rows(many, torch.empty(triton.cdiv(D, 256), 2, 4096), 256, w, w, 1e-12)
-    float8 = (torch.empty(F, D, dtype=FLOAT8), wide, b)
+    float8, scales = (torch.empty(F, D, dtype=FLOAT8), wide, b), torch.empty(F // 128, 4096)
     return {
         "linear_gelu_fwd": lambda: linear_gelu_fwd(many, up, b, "none"),
         "linear_gelu_fwd short": lambda: linear_gelu_fwd(x, up, b, "none"),
@@ -107,6 +109,13 @@ def _calls(dtype: torch.dtype, K: int, p: float) -> dict[str, Callable[[], Any]]
         "linear_rows_fwd": lambda: linear_rows_fwd(inner, down, bias, rows, w, w, 1e-12),
         "norm_linear_fwd": lambda: norm_linear_fwd(rows, (up, wide, wide), "erf"),
         "float8_linear_fwd": lambda: float8_linear_fwd(many, *float8),
+        "float8_gelu_fwd": lambda: float8_gelu_fwd(
+            Float8Rows(torch.empty(4096, D, dtype=FLOAT8), scales[:1], D), *float8, "none"
+        ),
+        "float8_rows_linear_fwd": lambda: float8_rows_linear_fwd(
+            Float8Rows(torch.empty(4096, F, dtype=FLOAT8), scales, 128), torch.empty(D, F, dtype=FLOAT8), wide, w, dtype
+        ),
+        "add_layer_norm_float8_fwd": lambda: add_layer_norm_float8_fwd(x, x, w, w, 1e-12),
         "gelu_fwd": lambda: gelu_fwd(g, b, "none"),
         "gelu_bwd": lambda: gelu_bwd(g, g, b, "none"),
         "gelu_fwd tanh": lambda: gelu_fwd(g, b, "tanh"),
@@ -206,7 +215,7 @@ def compile_ahead(
         raise RuntimeError("TRITON_INTERPRET is set, so there is nothing to compile: unset it")
     compiled = []
     for call, function in _calls(dtype, head_size, dropout_p).items():
-        if match in call and not (architecture < OLDEST_FLOAT8 and call.startswith("float8")):
+        if match in call and not (architecture < OLDEST_FLOAT8 and "float8" in call):
             with _recording(architecture) as launches:
                 function()
             compiled += [_compile(call, architecture, launch) for launch in launches]

@@ -56,9 +56,10 @@ def gelu_tile(num_features: int, dtype: torch.dtype) -> Tile:
     return chosen("gelu", dtype, num_features, Tile(4, 512, 4))
 
 
-# 128 registers let four programs of 128 threads share a multiprocessor. Triton 3.6 needs 130 left alone, and keeps to
-# 128 without a spill; 3.9 would spill 8 to 104 bytes (2026-11-27, ahead of time, sm_90).
-_FOUR_PROGRAMS = 128 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9) else None
+# 65536 registers: 128 a thread let 512 threads share a multiprocessor. Triton 3.6 keeps 64 queries by 64 keys to that
+# without a spill; 3.9 needs 167 with dropout, and spills when capped, but keeps 128 queries of 8 warps to it
+# (2026-11-27, ahead of time, sm_90).
+_OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 
 
 def attention_fwd_tile(head_size: int, dtype: torch.dtype, rel_bias: bool) -> Tile:
@@ -69,7 +70,7 @@ def attention_fwd_tile(head_size: int, dtype: torch.dtype, rel_bias: bool) -> Ti
         return Tile(64, 32, 4 if head_size <= 64 else 8)
     tile = Tile(64, 64, 4 if head_size <= 64 else 8)
     if head_size <= 64 and architecture() >= 90:
-        tile = tile._replace(max_registers=_FOUR_PROGRAMS)
+        tile = Tile(64, 64, 4, max_registers=128) if _OLD_TRITON else Tile(128, 64, 8, max_registers=128)
     return chosen("attention_fwd", dtype, head_size, tile)
 
 
@@ -126,7 +127,8 @@ def candidates(kernel: str, static: Tile) -> tuple[Tile, ...]:
         return tuple(static._replace(rows=rows, num_warps=w) for rows in (1, 2, 4) for w in (2, 4, 8))
     return {
         "attention_fwd": (
-            Tile(64, 64, 4), Tile(64, 64, 4, 3), Tile(128, 64, 8), Tile(128, 128, 8), Tile(64, 32, 4), Tile(64, 128, 4),
+            Tile(64, 64, 4), Tile(64, 64, 4, 3), Tile(128, 64, 8, 2, 128), Tile(128, 64, 8), Tile(128, 128, 8),
+            Tile(64, 32, 4), Tile(64, 128, 4),
         ),
         "attention_dq": (Tile(64, 64, 8), Tile(64, 64, 4, 3), Tile(32, 32, 4), Tile(128, 128, 8)),
         "attention_dkv": (Tile(64, 64, 4), Tile(64, 64, 8), Tile(128, 64, 8), Tile(64, 32, 4, 3), Tile(32, 32, 4)),

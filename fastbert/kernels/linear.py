@@ -15,11 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbert.kernels.common import on_device
-from fastbert.kernels.configs import linear_tile, quantize_tile
+from fastbert.kernels.configs import linear_tile
+from fastbert.kernels.float8 import FLOAT8, Float8Rows, float8_of, new_rows, quantize_rows_fwd
 from fastbert.kernels.gelu import gelu_of
-
-FLOAT8 = torch.float8_e4m3fn
-FLOAT8_MAX = tl.constexpr(448.0)
 
 
 class Rows(NamedTuple):
@@ -58,8 +56,8 @@ def _statistics(partials, rows, T, eps, D: tl.constexpr, COLS: tl.constexpr):
 @triton.jit(do_not_specialize=["T"])
 def _linear_kernel(
     x, weight, bias, residual, y, x_scale, weight_scale, x_partials, u, x_eps,
-    r_partials, r_weight, r_bias, r_eps, y_partials, T,
-    N: tl.constexpr, K: tl.constexpr, P: tl.constexpr, GELU: tl.constexpr,
+    r_partials, r_weight, r_bias, r_eps, y_partials, y_scale, T,
+    N: tl.constexpr, K: tl.constexpr, P: tl.constexpr, GELU: tl.constexpr, GROUPED: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """One program: a tile of y; neighbours share their rows of W in L2. Memory: reads x and W once a tile, writes y;
@@ -77,7 +75,12 @@ def _linear_kernel(
     b = weight + (cols % N).to(tl.int64)[None, :] * K + depth[:, None]
     acc = tl.zeros((ROWS, COLS), tl.float32)
     for k in range(0, K, DEPTH):
-        if K % DEPTH == 0:
+        if GROUPED:  # a step is a group of features, with a scale of its own
+            left = tl.load(a, mask=(k + depth < K)[None, :], other=0.0)
+            right = tl.load(b, mask=(k + depth < K)[:, None], other=0.0)
+            group = tl.load(x_scale + (k // DEPTH) * T + rows, mask=rows < T, other=0.0)
+            acc += tl.dot(left, right, input_precision="ieee") * group[:, None]
+        elif K % DEPTH == 0:
             acc = tl.dot(tl.load(a), tl.load(b), acc, input_precision="ieee")
         else:
             left = tl.load(a, mask=(k + depth < K)[None, :], other=0.0)
@@ -87,7 +90,8 @@ def _linear_kernel(
         b += DEPTH
     there = cols < N
     if x_scale is not None:
-        acc *= tl.load(x_scale + rows, mask=rows < T, other=0.0)[:, None]
+        if not GROUPED:
+            acc *= tl.load(x_scale + rows, mask=rows < T, other=0.0)[:, None]
         acc *= tl.load(weight_scale + cols, mask=there, other=0.0)[None, :]
     if x_partials is not None:
         mean, rstd = _statistics(x_partials, rows, T, x_eps, K, P)
@@ -114,69 +118,64 @@ def _linear_kernel(
         at = y_partials + 2 * tile_n * T + rows
         tl.store(at, total, mask=rows < T)
         tl.store(at + T, tl.sum(off * off, 1), mask=rows < T)
-    tl.store(y + offsets, acc, mask=inside)
-
-
-@triton.jit(do_not_specialize=["T"])
-def _quantize_kernel(x, q, scale, T, K: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """One program: a few whole rows. Memory: reads x, writes a byte for each value and a scale a row."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    cols = tl.arange(0, COLS)
-    inside = (rows < T)[:, None] & (cols < K)
-    offsets = rows.to(tl.int64)[:, None] * K + cols
-    values = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
-    s = tl.max(tl.abs(values), 1) / FLOAT8_MAX
-    divisor = tl.where(s == 0.0, 1.0, s)
-    tl.store(q + offsets, (values / divisor[:, None]).to(q.dtype.element_ty), mask=inside)
-    tl.store(scale + rows, s, mask=rows < T)
+    if y_scale is not None:
+        acc, s = float8_of(tl.where(inside, acc, 0.0))
+        tl.store(y_scale + tile_n * T + rows, s, mask=rows < T)
+    tl.store(y + offsets, acc.to(y.dtype.element_ty), mask=inside)
 
 
 def _launch(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | Rows | None, gelu: str, statistics: bool,
-    dtype: torch.dtype, scales: tuple[Tensor | None, Tensor | None] = (None, None),
-    norm: tuple[Rows, Tensor] | None = None,
+    x: Tensor | Float8Rows, weight: Tensor, bias: Tensor | None, residual: Tensor | Rows | None, gelu: str,
+    dtype: torch.dtype, *, weight_scale: Tensor | None = None, norm: tuple[Rows, Tensor] | None = None,
+    statistics: bool = False, quantised: bool = False,
 ) -> tuple[Tensor, Tensor | None, int]:  # fmt: skip
-    """y (T, N), its partial statistics if wanted, and the features of their tiles."""
+    """y (T, N); with `statistics` its partial ones, or with `quantised` its scales; and the features of a tile."""
+    x, x_scale, group = x if isinstance(x, Float8Rows) else (x, None, x.shape[1])
     (T, K), N = x.shape, weight.shape[0]
-    y = torch.empty(T, N, dtype=dtype, device=x.device)
-    tile = linear_tile(T, N, x.dtype)
-    partials = None
-    if statistics:
-        partials = torch.empty(triton.cdiv(N, tile.cols), 2, T, dtype=torch.float32, device=x.device)
     rows = residual if isinstance(residual, Rows) else None
     added = rows.z if rows is not None else residual
     x_partials, u, x_eps = (None, None, 0.0) if norm is None else (norm[0].partials, norm[1], norm[0].eps)
     folded = rows or (norm[0] if norm is not None else None)
     with on_device(x):
+        tile = linear_tile(T, N, x.dtype)
+        partials = scale = None
+        if quantised:
+            y, scale, _ = new_rows(T, N, tile.cols, x.device)
+        else:
+            y = torch.empty(T, N, dtype=dtype, device=x.device)
+        if statistics:
+            partials = torch.empty(triton.cdiv(N, tile.cols), 2, T, dtype=torch.float32, device=x.device)
         _linear_kernel[(triton.cdiv(T, tile.rows) * triton.cdiv(N, tile.cols),)](
-            x, weight, bias, added, y, *scales, x_partials, u, x_eps,
+            x, weight, bias, added, y, x_scale, weight_scale, x_partials, u, x_eps,
             *((None, None, None, 0.0) if rows is None else (rows.partials, rows.weight, rows.bias, rows.eps)),
-            partials, T, N, K, 1 if folded is None else folded.cols, gelu,
-            tile.rows, tile.cols, tile.depth, **tile.options(),
+            partials, scale, T, N, K, 1 if folded is None else folded.cols, gelu, group < K,
+            tile.rows, tile.cols, group if group < K else tile.depth, **tile.options(),
         )  # fmt: skip
-    return y, partials, tile.cols
+    return y, scale if quantised else partials, tile.cols
 
 
 def linear_gelu_fwd(x: Tensor, weight: Tensor, bias: Tensor, approximate: str) -> Tensor:
     """See `fastbert.ops.linear`."""
-    return _launch(x, weight, bias, None, "tanh" if approximate == "tanh" else "erf", False, x.dtype)[0]
+    return _launch(x, weight, bias, None, "tanh" if approximate == "tanh" else "erf", x.dtype)[0]
 
 
 def linear_add_fwd(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
     """See `fastbert.ops.linear`."""
-    return _launch(x, weight, bias, residual, "", False, x.dtype)[0]
+    return _launch(x, weight, bias, residual, "", x.dtype)[0]
 
 
 def linear_rows_fwd(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | Rows, norm_weight: Tensor, norm_bias: Tensor, eps: float
 ) -> Rows:
     """z = x W^T + b + residual, with the statistics of its rows; a residual of `Rows` is their norm."""
-    z, partials, cols = _launch(x, weight, bias, residual, "", True, x.dtype)
+    z, partials, cols = _launch(x, weight, bias, residual, "", x.dtype, statistics=True)
     assert partials is not None
     return Rows(z, partials, cols, norm_weight, norm_bias, eps)
 
 
-def fold_norm(weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def fold_norm_fwd(
+    weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """W' = gamma W in the dtype of W, u = W' 1 (fp32, of the rounded W'), c = b + W beta (fp32)."""
     wide = weight.float()
     folded = (wide * norm_weight.float()).to(weight.dtype)
@@ -184,22 +183,29 @@ def fold_norm(weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tens
 
 
 def norm_linear_fwd(rows: Rows, folded: tuple[Tensor, Tensor, Tensor], gelu: str = "") -> Tensor:
-    """f(LN(z) W^T + b) from `fold_norm`'s weights; `gelu` is "", "erf" or "tanh"."""
+    """f(LN(z) W^T + b) from `fold_norm_fwd`'s weights; `gelu` is "", "erf" or "tanh"."""
     weight, u, c = folded
-    return _launch(rows.z, weight, c, None, gelu, False, rows.z.dtype, norm=(rows, u))[0]
+    return _launch(rows.z, weight, c, None, gelu, rows.z.dtype, norm=(rows, u))[0]
 
 
-def quantize_rows_fwd(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(T, K) -> (T, K) float8 e4m3 and (T) fp32 scales: row maxima become 448."""
-    T, K = x.shape
-    q, scale = torch.empty(T, K, dtype=FLOAT8, device=x.device), torch.empty(T, dtype=torch.float32, device=x.device)
-    tile = quantize_tile(K)
-    with on_device(x):
-        _quantize_kernel[(triton.cdiv(T, tile.rows),)](x, q, scale, T, K, tile.rows, tile.cols, **tile.options())
-    return q, scale
-
-
-def float8_linear_fwd(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, gelu: str = "") -> Tensor:
+def float8_linear_fwd(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     """See `fastbert.ops.float8_linear`."""
     q, scale = quantize_rows_fwd(x)
-    return _launch(q, weight, bias, None, gelu, False, x.dtype, (scale, weight_scale))[0]
+    return float8_rows_linear_fwd(Float8Rows(q, scale[None], q.shape[1]), weight, weight_scale, bias, x.dtype)
+
+
+def float8_rows_linear_fwd(
+    x: Float8Rows, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """x W^T + b of rows that are quantised already, in `dtype`."""
+    return _launch(x, weight, bias, None, "", dtype, weight_scale=weight_scale)[0]
+
+
+def float8_gelu_fwd(
+    x: Float8Rows, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, approximate: str
+) -> Float8Rows:
+    """gelu(x W^T + b), quantised as it is written: a scale for each row of a tile."""
+    gelu = "tanh" if approximate == "tanh" else "erf"
+    y, scale, cols = _launch(x, weight, bias, None, gelu, FLOAT8, weight_scale=weight_scale, quantised=True)
+    assert scale is not None
+    return Float8Rows(y, scale, cols)
