@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,16 +15,17 @@ from fastbert import ops
 from fastbert.ops.attention import attention_ref
 
 
-def varlen(qkv: torch.Tensor, cu: torch.Tensor, length: int) -> torch.Tensor:
+def varlen(qkv: torch.Tensor, cu: torch.Tensor, length: int, window: int | None = None) -> torch.Tensor:
     """torch.nn.attention.varlen, FlashAttention 2 beneath. On a CPU, which has none, the call is held against its
-    signature, and our reference computes it."""
+    signature, and our reference computes it. Older ones take no window."""
     from torch.nn.attention.varlen import varlen_attn
 
     arguments = (*qkv.unbind(1), cu, cu, length, length)
+    sides: dict[str, Any] = {} if window is None else {"window_size": (window // 2, window // 2)}
     if qkv.device.type == "cpu":
-        inspect.signature(varlen_attn).bind(*arguments)
-        return attention_ref(qkv, cu, length)
-    return varlen_attn(*arguments)
+        inspect.signature(varlen_attn).bind(*arguments, **sides)
+        return attention_ref(qkv, cu, length, window=window)
+    return varlen_attn(*arguments, **sides)
 
 
 def padded_sdpa(backend: str, qkv: torch.Tensor, length: int) -> torch.Tensor:
@@ -98,3 +100,15 @@ def attention(report: Report) -> Iterator[None]:
         good = {name: forced(run, at) if name == "fastbert" else run for name, run in good.items()}
         report.add("attention", case, "training", good, 3 * nbytes, 3.5 * flop)
         yield
+    window = length // 4
+    with torch.no_grad():
+        runs = {
+            "fastbert": forced(partial(ops.attention, qkv, cu, length, window=window), at),
+            "torch varlen_attn": partial(varlen, qkv, cu, length, window),
+        }
+        right = attention_ref(qkv, cu, length, window=window)
+        good = checked("attention_window", at, runs, right)
+        report.add(
+            "attention_window", f"{case}_W{window}", "forward", good, nbytes, 4 * at.tokens * (window + 1) * H * K
+        )
+    yield

@@ -78,8 +78,8 @@ def _linear_kernel(
         if GROUPED:  # a step is a group of features, with a scale of its own
             left = tl.load(a, mask=(k + depth < K)[None, :], other=0.0)
             right = tl.load(b, mask=(k + depth < K)[:, None], other=0.0)
-            group = tl.load(x_scale + (k // DEPTH) * T + rows, mask=rows < T, other=0.0)
-            acc += tl.dot(left, right, input_precision="ieee") * group[:, None]
+            group_scale = tl.load(x_scale + (k // DEPTH) * T + rows, mask=rows < T, other=0.0)
+            acc += tl.dot(left, right, input_precision="ieee") * group_scale[:, None]
         elif K % DEPTH == 0:
             acc = tl.dot(tl.load(a), tl.load(b), acc, input_precision="ieee")
         else:
