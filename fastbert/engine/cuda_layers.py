@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -104,7 +104,8 @@ class Folded:
 
     def __call__(self, x: torch.Tensor, batch: PackedBatch, rel_bias: torch.Tensor | None) -> torch.Tensor:
         """(T, D) -> (T, D)."""
-        residual, qkv = x, self._layers[0].attention.qkv(x)
+        residual: Any = x  # and rows before their norm from then on
+        qkv = self._layers[0].attention.qkv(x)
         for i, layer in enumerate(self._layers):
             context = _context(layer, qkv, batch, rel_bias)
             dense, norm, feed_forward = layer.attention.dense, layer.attention_LayerNorm, layer.feed_forward
