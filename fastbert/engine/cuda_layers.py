@@ -36,6 +36,8 @@ class Form(Protocol):
 
 def form_of(layers: list[Layer]) -> Form:
     """The form that is measured to be the fastest on this device for these weights."""
+    if not layers:
+        return Chain(layers)
     first = layers[0].attention.qkv
     x = first.bias if isinstance(first, Float8Linear) else first.weight
     if isinstance(first, Float8Linear):
