@@ -269,7 +269,7 @@ MOST_REGISTERS = {
     "attention_dkv": 255,
 }
 FEW_REGISTERS = 80
-BYTES_MOVED = {"ranges": 4, "pool_bwd": 16}  # the rest reads 16 bytes at a time
+BYTES_MOVED = {"ranges": 4, "cut": 4, "pool_bwd": 16}  # the rest reads 16 bytes at a time
 
 
 def _check(kernel: ahead.Compiled) -> None:

@@ -99,8 +99,8 @@ def check_head_size(qkv: Tensor) -> None:
         raise ValueError(f"the triton attention takes head sizes 1 to {MAX_HEAD_SIZE}, got {qkv.shape[3]}")
 
 
-# Fused linear layers (linear_gelu, linear_add, norm_linear) that beat the vendor's GEMM and a kernel after it, by architecture: `python -m
-# benchmarks.gpu` measures them, and until it has on an architecture, none is used there.
+# Fused linear layers (linear_gelu, linear_add, norm_linear) that beat the vendor's GEMM and a kernel after it, by
+# architecture: `python -m benchmarks.gpu` measures them, and until it has on an architecture, none is used there.
 EPILOGUES: dict[int, frozenset[str]] = {}
 
 
