@@ -21,6 +21,7 @@ namespace fastbert {
   template <class T>                                           \
   EncoderKernels<T> encoder_table();                           \
   bool offers_fours();                                         \
+  Peaks peak_table();                                          \
   bool tiles_agree();                                          \
   extern template EncoderKernels<float> encoder_table();       \
   extern template EncoderKernels<bf16> encoder_table();        \
@@ -56,6 +57,7 @@ struct Current {
   EncoderKernels<bf16> encoder_bf16;
   EncoderKernels<std::int8_t> encoder_int8;
   bool fours;
+  Peaks peaks;
 };
 
 struct Isa {
@@ -72,7 +74,8 @@ struct Isa {
                    isa::encoder_table<float>(),                                 \
                    isa::encoder_table<bf16>(),                                  \
                    isa::encoder_table<std::int8_t>(),                           \
-                   isa::offers_fours()};                                        \
+                   isa::offers_fours(),                                         \
+                   isa::peak_table()};                                          \
   }
 #define FASTBERT_LOAD(isa) FASTBERT_LOAD_ENCODER(isa, isa)
 
@@ -187,6 +190,8 @@ const EncoderKernels<std::int8_t>& encoder_kernels() {
 }
 
 bool has_fours() { return current().fours; }
+
+const Peaks& peaks() { return current().peaks; }
 
 const char* isa() { return current().name; }
 
