@@ -24,7 +24,7 @@ DEFAULT = ("ops", "encoder")
 # A whole report in minutes: what a suite is told beside the user's own options.
 TOLD = {
     "ops": ["--dtype", "float32,bfloat16", "--rounds", "20"],
-    "encoder": ["--texts", "64"],
+    "encoder": ["--texts", "48", "--seconds", "15"],
     "training": ["--only", "rotten-tomatoes", "--quick"],
     "server": ["--seconds", "4"],
 }
@@ -120,12 +120,12 @@ def report(out: Path) -> bool:
 
 def show_list() -> int:
     """Suites and providers; a missing one with the line that installs it."""
-    from benchmarks import encoder, peers
+    from benchmarks import providers
 
     for name, what in SUITES.items():
         print(f"suite {name}: {what}")
-    for name in (*encoder.OWN, *encoder.LIBRARIES, *peers.PEERS):
-        print(f"encoder {name}: {encoder.reason_against(name) or 'installed, ' + encoder.package_of(name)}")
+    for name in providers.chosen(None):
+        print(f"encoder {name}: {providers.reason_against(name) or 'installed, ' + providers.package_of(name)}")
     return 0
 
 
