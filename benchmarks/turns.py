@@ -6,10 +6,12 @@ take the cores from the next one. In its turn a provider first warms up, then it
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -21,6 +23,7 @@ import numpy as np
 Encode = Callable[[list[str]], np.ndarray]
 WARM_MS = 10.0  # of calls before the clock starts: threads awake, weights in the caches
 LEAST_MS = 40.0  # of calls that make one sample, their median: neither the clock nor one interruption decides
+PR_SET_PDEATHSIG = 1
 LEAVE_S = 10.0  # for a provider to end by itself
 ROUNDS = (5, 25)  # at least, at most
 
@@ -39,8 +42,8 @@ class Provider:
     def __init__(self, name: str, make: Callable[..., Encode], *arguments: Any) -> None:
         methods = multiprocessing.get_all_start_methods()
         context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-        if "forkserver" in methods:  # imported once, before any thread runs
-            context.set_forkserver_preload(["benchmarks.providers", "transformers"])
+        if "forkserver" in methods:  # imported once, before any thread runs; and the server itself follows us
+            context.set_forkserver_preload(["benchmarks.follow", "benchmarks.providers", "transformers"])
         self.name = name
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, make, arguments), daemon=True, name=name)
@@ -97,8 +100,15 @@ class Provider:
             os.kill(self.process.pid, getattr(signal, name))
 
 
+def follow_parent() -> None:
+    """Have the system kill this process when its parent is gone, even while it is stopped; forks do not inherit that."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _serve(connection: Connection, make: Callable[..., Encode], arguments: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
+    follow_parent()
 
     def answer(function: Callable[[], Any]) -> Any:
         try:
