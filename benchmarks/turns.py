@@ -101,7 +101,7 @@ class Provider:
 
 
 def follow_parent() -> None:
-    """Have the system kill this process when its parent is gone, even while it is stopped; forks do not inherit that."""
+    """Have the system kill this process when its parent is gone, even while it is stopped. Forks do not inherit it."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 

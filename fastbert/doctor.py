@@ -207,7 +207,9 @@ def _measure(say: Callable[[str], object]) -> dict[str, dict[str, float]]:
         gemm = _median_seconds(partial(torch.mm, a, a), 0.4)
         model.to(dtype)
         seconds = _median_seconds(lambda: model.forward_packed(batch))
+        peak = native.peak_flop_s(dtype) if native.available() else 0.0
         measured[_short(dtype)] = {
+            "peak_gflop_s": max(peak, 2 * 1024**3 / gemm) / 1e9,
             "gemm_gflop_s": 2 * 1024**3 / gemm / 1e9,
             "encoder_gflop_s": flop / seconds / 1e9,
             "tokens_s": sum(lengths) / seconds,

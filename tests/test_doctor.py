@@ -128,6 +128,7 @@ def test_measured_numbers_are_of_one_run():
         row = report.measured[dtype]
         flop_a_token = row["encoder_gflop_s"] * 1e9 / row["tokens_s"]
         assert 2 * 6 * 12 * 384**2 < flop_a_token < 1.2 * 2 * 6 * 12 * 384**2
+        assert row["peak_gflop_s"] >= row["gemm_gflop_s"]
     assert report.measured["copy"]["gb_s"] > 0
 
 
