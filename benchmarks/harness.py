@@ -111,9 +111,11 @@ def interleave(
         for name, function in functions.items():
             calls[name] = max(1, min(1000, math.ceil(least_ms / max(_timed(function, 1), 1e-6))))
     times: dict[str, list[float]] = {name: [] for name in functions}
+    order = list(functions)
     for _ in range(rounds):
-        for name, function in functions.items():
-            times[name].append(_timed(function, calls[name]))
+        for name in order:
+            times[name].append(_timed(functions[name], calls[name]))
+        order.reverse()  # nobody always follows the same one
     return times
 
 

@@ -56,7 +56,7 @@ def bench(case: testing.Case, dtype: torch.dtype, device: str, roofs: harness.Ro
     rows = []
     for mode, run, factor in (("forward", forward, 1.0), ("training", training, 3.0)):
         turns = {b: partial(run, function, b, inputs) for b in backends}
-        times = harness.interleave(turns, rounds, least_ms=1.0)
+        times = harness.interleave(turns, rounds, least_ms=5.0)
         for backend, ms in times.items():
             p50, p20, p80 = harness.percentiles(ms)
             rows.append(

@@ -33,13 +33,13 @@ def test_semantic_search(tmp_path):
 
 
 def test_classifier(tmp_path):
-    out = run("classifier.py", "--out", tmp_path / "m", "--examples", 80, "--epochs", 2)
+    out = run("classifier.py", "--out", tmp_path / "m", "--examples", 40, "--epochs", 2)
     assert float(re.search(r"held-out texts: ([\d.]+)", out)[1]) > 0.6
     assert len(re.findall(r"^ *(?:python|torch): ", out, re.MULTILINE)) == 2
 
 
 def test_ner(tmp_path):
-    out = run("ner.py", "--out", tmp_path / "m", "--examples", 100, "--epochs", 2)
+    out = run("ner.py", "--out", tmp_path / "m", "--examples", 60, "--epochs", 2)
     assert re.search(r"eval_f1: [\d.]+", out), out
     assert (tmp_path / "m" / "model.safetensors").exists()
 
