@@ -57,6 +57,9 @@ clean:  ## remove the environment and all builds
 	$(PIP) "$(TORCH)" "setuptools>=77" "pybind11>=2.13"
 	@touch $@
 
+# What setuptools has to say about every editable installation is no news.
+.venv/.built .venv/.test .venv/.bench .venv/.dev: export PYTHONWARNINGS = ignore:Editable installation
+
 .venv/.built: .venv/.torch $(SOURCES)
 	$(PIP) --no-build-isolation -e .
 	@touch $@
