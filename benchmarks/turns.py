@@ -109,6 +109,8 @@ def follow_parent() -> None:
 def _serve(connection: Connection, make: Callable[..., Encode], arguments: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
     follow_parent()
+    for stream in (1, 2):  # progress bars and advice of libraries; what goes wrong is an answer
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
     def answer(function: Callable[[], Any]) -> Any:
         try:
