@@ -151,7 +151,7 @@ def measure_roofs(dtype: torch.dtype, device: str) -> Roofs:
     """A large copy, and arithmetic: on a CPU what its units do out of registers, elsewhere a large GEMM."""
     a = torch.randn(2048, 2048, device=device).mul(8).to(dtype)
     gemm = 2 * 2048**3 / min(interleave({"torch": partial(_GEMMS.get(dtype, torch.mm), a, a)}, 6)["torch"]) * 1e3
-    peak = native.peak_flop_s(dtype) if device == "cpu" and native.available() else 0.0
+    peak = native.peak_flop_s(dtype, windows=40) if device == "cpu" and native.available() else 0.0
     return Roofs(copy_bytes_s(256 << 20, device), max(peak, gemm), gemm)
 
 

@@ -45,7 +45,9 @@ def test_ner(tmp_path):
 
 
 def test_pretraining(tmp_path):
-    out = run("pretrain_from_scratch.py", "--out", tmp_path / "m", "--steps", 30, "--batch-tokens", 2048)
+    out = run(
+        "pretrain_from_scratch.py", "--out", tmp_path / "m", "--steps", 30, "--batch-tokens", 1024, "--vocab-size", 1000
+    )
     first, last = map(float, re.search(r"loss ([\d.]+) -> ([\d.]+)", out).groups())
     assert last < first - 0.2
 
