@@ -25,9 +25,10 @@ import torch
 from rich.table import Table
 
 from benchmarks import harness, peers
+from benchmarks.models import MADE, folder_of
 from benchmarks.texts import WORDS, real_texts
 from fastbert import Embedder, native
-from fastbert.hub import DEFAULT_MODEL, resolve
+from fastbert.hub import DEFAULT_MODEL
 from fastbert.models import BertConfig, BertModel
 from fastbert.packing import pack
 from fastbert.sentence_folder import read_folder
@@ -234,7 +235,7 @@ def table(title: str, rows: list[harness.Row]) -> Table:
 def main() -> None:
     """Measure, print a table, write the rows."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--model", default=DEFAULT_MODEL, help=f"folder, hub id or one of {', '.join(MADE)}")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--texts", type=int, default=256)
     parser.add_argument("--only", help="providers, separated by commas")
@@ -245,7 +246,8 @@ def main() -> None:
     if args.quick:
         args.rounds, args.texts, lengths, batch1_rounds = 2, 24, LENGTHS[::3], 2
     with ExitStack() as stack:
-        folder = roomy(resolve(args.model), max(lengths), stack)
+        folder = roomy(folder_of(args.model), max(lengths), stack)
+        own = "" if args.model == DEFAULT_MODEL else f"{Path(args.model).name} "  # begins the cases of another model
         only = args.only.split(",") if args.only else chosen(args.against)
         encoders = dict(providers(str(folder), only))
         exact = Embedder.from_pretrained(folder, dtype="float32")
@@ -256,20 +258,20 @@ def main() -> None:
         for mix, words in list(WORDS.items())[: 1 if args.quick else None]:
             texts = real_texts(words, args.texts)
             cosines = bench.gate(mix, texts)
-            rows += bench.measure(mix, "throughput", texts, args.rounds, cosines)
+            rows += bench.measure(own + mix, "throughput", texts, args.rounds, cosines)
             typical = sorted(texts, key=len)[len(texts) // 2]
-            rows += bench.measure(mix, "batch1", [typical], batch1_rounds, cosines)
+            rows += bench.measure(own + mix, "batch1", [typical], batch1_rounds, cosines)
         room = exact.model.config.max_position_embeddings
         for length in [n for n in lengths if n <= room]:
             text = text_of(length, lambda texts: exact.tokenizer.encode(texts).ids)
             cosines = bench.gate(f"length {length}", [text])
-            rows += bench.measure("length", "batch1", [text], batch1_rounds, cosines)
+            rows += bench.measure(f"{own}length", "batch1", [text], batch1_rounds, cosines)
     device = harness.device_name("cpu")
     harness.console().print(table(f"{args.model}, {device}, {torch.get_num_threads()} threads", rows))
     if args.quick and harness.RESULTS == harness.COMMITTED:
         print("quick: no rows are written, and these times mean nothing")
         return
-    path = harness.write(rows, harness.file_of("encoder", "cpu"))
+    path = harness.write(rows, harness.file_of(f"{own.strip()}-encoder" if own else "encoder", "cpu"))
     print(f"load {harness.load()}; {len(rows)} rows in {path.relative_to(harness.RESULTS.parent.parent)}")
 
 
