@@ -232,9 +232,9 @@ class Offer:
     def answers(self) -> Answers:
         """What came back; waits for the end of the plan."""
         assert self.process.stdout is not None
-        answers = pickle.load(self.process.stdout)
+        answers = pickle.loads(self.process.stdout.read())
         self.process.wait()
-        return answers
+        return cast(Answers, answers)
 
 
 def offer(plan: Plan) -> Answers:

@@ -102,7 +102,7 @@ class Batcher:
         self._live: set[Request] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining = self._closed = False
-        self._ready = threading.Condition(threading.Lock())
+        self._ready = threading.Condition()
         threading.Thread(target=self._run, name="fastbert-compute", daemon=True).start()
 
     @property

@@ -29,7 +29,7 @@ class Jobs:
 
     def __init__(self, workers: int) -> None:
         self._waiting: deque[_Job] = deque()
-        self._ready = threading.Condition(threading.Lock())
+        self._ready = threading.Condition()
         self._closed = False
         for i in range(workers):
             threading.Thread(target=self._run, name=f"fastbert-tokenizer-{i}", daemon=True).start()
