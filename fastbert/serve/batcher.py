@@ -103,7 +103,8 @@ class Batcher:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining = self._closed = False
         self._ready = threading.Condition()
-        threading.Thread(target=self._run, name="fastbert-compute", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="fastbert-compute", daemon=True)
+        self._thread.start()
 
     @property
     def queue_tokens(self) -> int:
@@ -207,15 +208,20 @@ class Batcher:
     async def drain(self, timeout_s: float | None = None) -> bool:
         """Accept no more, finish what was accepted, stop the thread.
 
+        The thread is waited for even where nobody waits for its forward pass, because its clients left: it may not be
+        in native code when the interpreter goes, which aborts the process.
+
         Returns:
             Whether all was finished within `timeout_s`; what was not fails with `Draining`.
         """
+        end = None if timeout_s is None else monotonic() + timeout_s
         with self._ready:
             self._draining = True
         late: set[asyncio.Future[Done]] = set()
         if self._live:
             _, late = await asyncio.wait([request.future for request in self._live], timeout=timeout_s)
         self.close()
+        await asyncio.to_thread(self._thread.join, None if end is None else max(0.0, end - monotonic()))
         return not late
 
     def close(self) -> None:
