@@ -206,10 +206,7 @@ class Batcher:
         request.future.set_exception(error)
 
     async def drain(self, timeout_s: float | None = None) -> bool:
-        """Accept no more, finish what was accepted, stop the thread.
-
-        The thread is waited for even where nobody waits for its forward pass, because its clients left: it may not be
-        in native code when the interpreter goes, which aborts the process.
+        """Accept no more, finish what was accepted, stop the thread: in native code it would abort a process that ends.
 
         Returns:
             Whether all was finished within `timeout_s`; what was not fails with `Draining`.

@@ -34,7 +34,7 @@ def tokens(encoded: Encoded, rows: Sequence[int], prompt_lengths: Sequence[int])
 
 
 def vectors(embedder: Embedder, unit: bool) -> Readout:
-    """Pooled vectors, (D) each: pooling, modules and `truncate_dim` as the embedder has them, and of length 1 if `unit`.
+    """Pooled vectors, (D) each: pooling, modules and `truncate_dim` as the embedder has them; scaled if `unit`.
 
     A row's length is summed in the same order whatever rows are beside it: the bits are those of `Embedder.encode`.
     """
