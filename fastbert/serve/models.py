@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 from fastbert.serve.batcher import Batcher
@@ -79,7 +80,7 @@ class Model:
     async def close(self, timeout_s: float) -> bool:
         """Finish what was accepted; whether that was possible in time."""
         finished = await self.batcher.drain(timeout_s)
-        self.tokens.close()
+        await asyncio.to_thread(self.tokens.close)
         return finished
 
 

@@ -215,12 +215,11 @@ class Served:
             batch = batch.to(self.device, non_blocking=True)
         encoded = self.base.encode_packed(batch)
         lengths = [0] * len(outputs) if prompt_lengths is None else prompt_lengths
-        values: list[Any] = [None] * len(outputs)
+        found: dict[int, np.ndarray] = {}
         for output in dict.fromkeys(outputs):
             rows = [i for i, wanted in enumerate(outputs) if wanted == output]
-            for row, value in zip(rows, self._readouts[output](encoded, rows, lengths), strict=True):
-                values[row] = value.float().cpu().numpy()
-        return values
+            found.update(zip(rows, self._readouts[output](encoded, rows, lengths), strict=True))
+        return [found[row] for row in range(len(outputs))]
 
     @property
     def skips_prompt(self) -> bool:
@@ -240,7 +239,7 @@ def default_threads() -> int:
 def _readouts(kind: Kind, model: Any, embedder: Embedder | None, mask_id: int | None) -> dict[str, Readout]:
     found: dict[str, Readout] = {"tokens": readouts.tokens}
     if embedder is not None:
-        found["vectors"] = readouts.vectors(embedder)
+        found["vectors"], found["unit"] = readouts.vectors(embedder, False), readouts.vectors(embedder, True)
     elif kind.name in ("classifier", "reranker"):
         found["logits"] = readouts.sequence_logits(model)
     elif kind.name == "token-classification":
