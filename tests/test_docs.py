@@ -29,13 +29,15 @@ PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for
 PROSE = PAGES | {"CONTRIBUTING.md": (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")}
 
 
-def python_blocks(text: str) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+def blocks(text: str, language: str) -> list[str]:
+    """Fenced blocks of a language; those of none are the shell's."""
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [block for name, block in fenced if name == language]
 
 
 # The README's blocks stand alone; a guide's follow each other.
-SCRIPTS = {f"README.md-{i}": code for i, code in enumerate(python_blocks(README))}
-SCRIPTS |= {name: "\n".join(python_blocks(text)) for name, text in PAGES.items() if name != "README.md"}
+SCRIPTS = {f"README.md-{i}": code for i, code in enumerate(blocks(README, "python"))}
+SCRIPTS |= {name: "\n".join(blocks(text, "python")) for name, text in PAGES.items() if name != "README.md"}
 
 
 @pytest.mark.parametrize("name", [name for name, code in SCRIPTS.items() if code])
@@ -65,8 +67,7 @@ def test_embed_commands_of_the_readme(tmp_path):
 
 def commands(text: str) -> list[list[str]]:
     """The words of every shell command in fenced blocks and between backticks, without variables before it."""
-    blocks = re.findall(r"^```(?:sh|bash)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines = [line for block in blocks(text, "") for line in block.replace("\\\n", " ").splitlines()]
     lines += re.findall(r"`((?:fastbert|make|python -m|torchrun|pytest) [^`\n]+)`", text)
     found = []
     for line in lines:
@@ -81,10 +82,10 @@ class Reached(Exception):
     """The command line was understood: what it would do begins here."""
 
 
-def fault(words: list[str], folder: Path) -> str | None:
+def fault(words: list[str]) -> str | None:
     """What is wrong with a command: an option that is not there, a value that does not fit, no such file or target."""
     if "fastbert" in words[:1] or ("fastbert" in words and words[words.index("fastbert") - 1] == "-m"):
-        return _fault_of_ours(words[words.index("fastbert") + 1 :], folder)
+        return _fault_of_ours(words[words.index("fastbert") + 1 :])
     if words[0] == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         return next((f"make has no target {word}" for word in words[1:2] if word not in targets), None)
@@ -101,14 +102,14 @@ def fault(words: list[str], folder: Path) -> str | None:
     return None
 
 
-def _fault_of_ours(words: list[str], folder: Path) -> str | None:
+def _fault_of_ours(words: list[str]) -> str | None:
     if not words or "COMMAND" in words or words == ["--help"]:
         return None
     command = get_command(app).commands.get(words[0])
     if command is None:
         return f"there is no command {words[0]}"
     try:
-        context = command.make_context(words[0], [str(folder / w) if w == "keys.txt" else w for w in words[1:]])
+        context = command.make_context(words[0], words[1:])
         if words[0] in ("finetune", "pretrain", "serve") and len(words) > 2 and "..." not in words:
             with context:
                 context.invoke(command.callback, **context.params)
@@ -130,15 +131,17 @@ def parsed_only(monkeypatch, tmp_path):
 
     for place in ("fastbert.hub.resolve", "fastbert.train.finetune.prepare", "fastbert.train.pretrain.prepare"):
         monkeypatch.setattr(place, reached)
-    (tmp_path / "keys.txt").write_text("a key\n")
-    return tmp_path
+    monkeypatch.chdir(tmp_path)
+    Path("keys.txt").write_text("a key\n")
+    Path("run.toml").write_text(blocks(PAGES["docs/guides/finetune.md"], "toml")[0])
 
 
-def test_commands_parse(parsed_only):
+@pytest.mark.usefixtures("parsed_only")
+def test_commands_parse():
     found = [(name, words) for name, text in PROSE.items() for words in commands(text)]
-    assert len(found) > 80
+    assert len(found) > 100
     assert {words[1] for _, words in found if words[0] == "fastbert"} >= set(get_command(app).commands)
-    faults = [(name, shlex.join(words), what) for name, words in found if (what := fault(words, parsed_only))]
+    faults = [(name, shlex.join(words), what) for name, words in found if (what := fault(words))]
     assert faults == []
 
 
@@ -159,9 +162,10 @@ def test_commands_parse(parsed_only):
         ("python -m pytest tests/test_none.py", "does not exist"),
     ],
 )
-def test_wrong_commands_are_found(command, what, parsed_only):
+@pytest.mark.usefixtures("parsed_only")
+def test_wrong_commands_are_found(command, what):
     [words] = commands(f"```\n{command}   # a comment\n```\n")
-    assert what in (fault(words, parsed_only) or "")
+    assert what in (fault(words) or "")
     assert commands(f"see `{command}`") == [words]
 
 
