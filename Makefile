@@ -7,7 +7,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 GPU_TESTS := $(addprefix tests/test_,ops.py kernels.py linear.py cuda_engine.py)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 
-.PHONY: help demo build check test test-gpu bench bench-gpu wheel size clean
+.PHONY: help demo build check test test-gpu docs bench bench-gpu wheel size clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -31,6 +31,10 @@ test-gpu:  ## kernels, engine and CUDA part, compiled, in fp32, fp16 and bf16: n
 	  compute-sanitizer --error-exitcode 9 $(PYTHON) -m pytest -o addopts= -q -p no:cacheprovider tests/test_cuda.py; \
 	else echo "compute-sanitizer or the CUDA part is not here: not run"; fi
 
+docs: .venv/.test  ## the documentation site, without a warning, into site/
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q
+	@echo "site/index.html is built; the search needs a server: python3 -m http.server -d site"
+
 bench-gpu:  ## ops and models against every peer on this GPU, at most 9 minutes; rows to benchmarks/results
 	@$(PYTHON) setup.py -q build_ext --inplace || echo "no native extension"
 	@$(PYTHON) -m benchmarks.gpu
@@ -49,7 +53,7 @@ size:  ## lines of code by room
 	@git ls-files '*.py' '*.cpp' '*.h' '*.cu' | xargs wc -l | sort -n | tail -60
 
 clean:  ## remove the environment and all builds
-	rm -rf .venv build dist *.egg-info fastbert/_C*.so
+	rm -rf .venv build dist site *.egg-info fastbert/_C*.so
 
 .venv/.torch:
 	$(PYTHON) -m venv .venv
