@@ -112,11 +112,24 @@ def _weights(model: EncoderModel) -> dict[str, Any] | str:
     }
 
 
-def _precision(weights: dict[str, Any]) -> str:
+def _asks_for_high() -> bool:
+    """Whether torch's precision of fp32 products on a CPU is less than "highest": what
+    `torch.set_float32_matmul_precision("high")` sets."""
+    return torch.backends.mkldnn.matmul.fp32_precision in ("tf32", "bf16")
+
+
+def _may_split() -> bool:
+    """Whether fp32 products may be made of bf16 ones, and this CPU is faster so."""
+    return _asks_for_high() and native.require().has_split()
+
+
+def _precision(weights: dict[str, Any], high: bool) -> str:
     """Weights, and where they are integers activations, in words."""
     weight, _, *integers = weights["layers"][0]["dense"]
     if integers:
         return f"int8 with {8 if integers[1] else 16}-bit activations"
+    if high:
+        return "float32 as three products of bfloat16"
     return str(weight.dtype).removeprefix("torch.")
 
 
@@ -131,20 +144,24 @@ class Engine:
     def __init__(self, watch: Watch, weights: dict[str, Any]) -> None:
         self._watch = watch
         self._tables = [weights[name] for name in ("word", "position", "token_type")]  # the encoder only borrows them
-        self._encoder = native.require().Encoder(weights)
+        self._is_float32 = weights["layers"][0]["dense"][0].dtype == torch.float32
+        self._high = self._is_float32 and _may_split()
+        self._encoder = native.require().Encoder(weights, self._high)
         self._isa = native.isa()
         self._num_layers = len(weights["order"])
         self._width = weights["layers"][0]["dense"][0].shape[0]
         self._has_types = weights["token_type"] is not None
         self.dtype: torch.dtype = weights["word"].dtype
         self.nbytes: int = self._encoder.nbytes
-        self._precision = _precision(weights)
+        self._precision = _precision(weights, self._high)
 
     def is_fresh(self, model: EncoderModel) -> bool:
-        """Whether the model is still what was packed: same modules, same settings, no parameter written to.
+        """Whether the model is still what was packed: same modules, settings, precision, no parameter written to.
 
         A write to a few elements through `.data` or NumPy, which torch does not count, may go unseen.
         """
+        if self._is_float32 and self._high != _may_split():
+            return False
         return parts_of(model) == self._watch.parts and self._watch.same()
 
     def run(self, batch: PackedBatch) -> torch.Tensor:
@@ -163,8 +180,9 @@ class Engine:
         return hidden_TD
 
     def __str__(self) -> str:
+        exact = self._is_float32 and not self._high and _asks_for_high()
         return (
-            f"cpu engine: {self._precision}, {self._isa}, {torch.get_num_threads()} threads, "
+            f"cpu engine: {self._precision}{' (exact: only AMX is faster below)' if exact else ''}, {self._isa}, {torch.get_num_threads()} threads, "
             f"{self._num_layers} layers in {self.nbytes / 1e6:.1f} MB of panels"
         )
 
