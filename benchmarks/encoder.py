@@ -21,11 +21,12 @@ import torch
 from rich.table import Table
 
 from benchmarks import harness
+from benchmarks.models import MADE, folder_of
 from benchmarks.providers import BASE, OWN, chosen, dtype_of, make, package_of, padding_percent, reason_against
 from benchmarks.texts import WORDS, real_texts
 from benchmarks.turns import Failed, Provider, take_turns
 from fastbert import Embedder
-from fastbert.hub import DEFAULT_MODEL, resolve
+from fastbert.hub import DEFAULT_MODEL
 from fastbert.sentence_folder import read_folder
 
 GATE = 0.9995
@@ -157,7 +158,7 @@ def table(title: str, rows: list[harness.Row]) -> Table:
 def main() -> None:
     """Measure, print a table, write the rows."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--model", default=DEFAULT_MODEL, help=f"folder, hub id or one of {', '.join(MADE)}")
     parser.add_argument("--seconds", type=float, default=40, help="of each list of texts, all providers together")
     parser.add_argument("--texts", type=int, default=256)
     parser.add_argument("--only", help="providers, separated by commas")
@@ -168,7 +169,8 @@ def main() -> None:
     if args.quick:
         args.seconds, args.texts, lengths = 0, 8, LENGTHS[::3]
     with ExitStack() as stack:
-        folder = roomy(resolve(args.model), max(lengths), stack)
+        folder = roomy(folder_of(args.model), max(lengths), stack)
+        own = "" if args.model == DEFAULT_MODEL else f"{Path(args.model).name} "  # begins the cases of another model
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fastbert-peers-")))
         names = args.only.split(",") if args.only else chosen(args.against)
         providers = started(names, folder, scratch, stack)
@@ -181,20 +183,20 @@ def main() -> None:
         for mix, words in list(WORDS.items())[: 1 if args.quick else None]:
             texts = real_texts(words, args.texts)
             cosines = bench.gate(mix, texts)
-            rows += bench.measure(mix, "throughput", texts, cosines)
+            rows += bench.measure(own + mix, "throughput", texts, cosines)
             typical = sorted(texts, key=len)[len(texts) // 2]
-            rows += bench.measure(mix, "batch1", [typical], cosines)
+            rows += bench.measure(own + mix, "batch1", [typical], cosines)
         room = exact.model.config.max_position_embeddings
         for length in [n for n in lengths if n <= room]:
             text = text_of(length, lambda texts: exact.tokenizer.encode(texts).ids)
             cosines = bench.gate(f"length {length}", [text])
-            rows += bench.measure("length", "batch1", [text], cosines)
+            rows += bench.measure(f"{own}length", "batch1", [text], cosines)
     device = harness.device_name("cpu")
     harness.console().print(table(f"{args.model}, {device}, {torch.get_num_threads()} threads", rows))
     if args.quick and harness.RESULTS == harness.COMMITTED:
         print("quick: no rows are written, and these times mean nothing")
         return
-    path = harness.write(rows, harness.file_of("encoder", "cpu"))
+    path = harness.write(rows, harness.file_of(f"{own.strip()}-encoder" if own else "encoder", "cpu"))
     print(f"load {harness.load()}; {len(rows)} rows in {path.relative_to(harness.RESULTS.parent.parent)}")
 
 

@@ -13,8 +13,8 @@ import torch
 
 import fastbert
 from fastbert import kernels, native, use_backend
-from fastbert.embedder import resolve_dtype
 from fastbert.engine import choice, cuda, use_engine
+from fastbert.engine.dtypes import resolve_dtype
 from fastbert.models.encoder import EncoderModel
 from fastbert.models.quantize import loaded_dtype, quantize_float8, quantize_int8
 from fastbert.packing import PackedBatch, pack

@@ -49,7 +49,7 @@ def test_quota_of_version_1(tmp_path):
     ("affinity", "quota", "usable"), [(8, None, 8), (3, None, 3), (8, 1.5, 2), (8, 0.2, 1), (2, 6.0, 2)]
 )
 def test_usable_cores(affinity, quota, usable):
-    assert machine.Cpu("x", (), 8, affinity, quota).usable == usable
+    assert machine.Cpu("x", "", (), 8, affinity, quota).usable == usable
 
 
 def test_openmp_runtimes(tmp_path):

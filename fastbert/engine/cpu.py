@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastbert import native
+from fastbert.engine.release import let_go, own_memory, trim
 from fastbert.engine.watch import Watch, layers_of, parts_of, refusal
 from fastbert.models.activations import ACTIVATIONS, Activation
 from fastbert.models.albert import AlbertEncoder
 from fastbert.models.electra import ElectraModel
 from fastbert.models.encoder import EncoderModel, FeedForward
 from fastbert.models.mpnet import MPNetEncoder, relative_buckets
+from fastbert.models.pretrained import PreTrainedModel
 from fastbert.models.quantize import Int8Linear
 from fastbert.packing import PackedBatch
 
@@ -139,10 +141,12 @@ class Engine:
     Attributes:
         dtype: of hidden states, results and, unless they have 8 bits, weights; sums are fp32 or exact integers.
         nbytes: memory of the packed weights; tables of embeddings are the model's own.
+        released: whether the panels are all that is left of the weights.
     """
 
     def __init__(self, watch: Watch, weights: dict[str, Any]) -> None:
         self._watch = watch
+        self.released = False
         self._tables = [weights[name] for name in ("word", "position", "token_type")]  # the encoder only borrows them
         self._is_float32 = weights["layers"][0]["dense"][0].dtype == torch.float32
         self._high = self._is_float32 and _may_split()
@@ -182,9 +186,23 @@ class Engine:
     def __str__(self) -> str:
         exact = self._is_float32 and not self._high and _asks_for_high()
         return (
-            f"cpu engine: {self._precision}{' (exact: only AMX is faster below)' if exact else ''}, {self._isa}, {torch.get_num_threads()} threads, "
-            f"{self._num_layers} layers in {self.nbytes / 1e6:.1f} MB of panels"
+            f"cpu engine: {self._precision}{' (exact: only AMX is faster below)' if exact else ''}, {self._isa}, "
+            f"{torch.get_num_threads()} threads, {self._num_layers} layers in {self.nbytes / 1e6:.1f} MB of panels"
         )
+
+
+def compile_and_release(model: PreTrainedModel, base: EncoderModel) -> Engine | str:
+    """Pack `base`, the encoder of `model`, and let the packed weights go; or say why the engine cannot compute it."""
+    reason = _refusal(parts_of(base))
+    if reason is not None:
+        return reason
+    own_memory(model, parts_of(base))  # before the engine borrows the tables
+    engine = compile(base)
+    if isinstance(engine, Engine):
+        let_go(parts_of(base))
+        engine._watch, engine.released = Watch(parts_of(base)), True
+        trim()
+    return engine
 
 
 def compile(model: EncoderModel) -> Engine | str:
