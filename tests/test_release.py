@@ -156,8 +156,11 @@ def test_resident_memory(minilm, dtype):
         command = [sys.executable, "-c", _MEMORY, str(minilm), dtype, str(keep)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         resident[keep], panels, left = map(int, done.stdout.split())
-    assert resident[False] <= panels + left + 64 * 2**20, (resident[False] / 2**20, panels / 2**20, left / 2**20)
-    assert resident[False] < resident[True] - 0.7 * panels  # bfloat16 and int8 panels hold what the weights held
+    limit = panels + left + 64 * 2**20
+    assert resident[False] <= limit, (resident[False] / 2**20, panels / 2**20, left / 2**20)
+    assert resident[False] < resident[True]
+    if dtype == "float32":  # else the panels lie where weights of another dtype lay while they were made
+        assert resident[True] > limit, "the limit would be kept without letting go"
 
 
 # dtype="auto".
