@@ -115,7 +115,8 @@ def release_weights(model: PreTrainedModel) -> None:
     Raises:
         ValueError: the engine cannot compute the model; nothing was let go.
     """
-    base: EncoderModel = model if isinstance(model, EncoderModel) else model.base_model
+    base = model if isinstance(model, EncoderModel) else model.base_model
+    assert isinstance(base, EncoderModel)
     with torch.no_grad(), _compiling:
         reason = _circumstances(base)
         if reason is None and base.device.type != "cpu":

@@ -117,7 +117,7 @@ def _weights(model: EncoderModel) -> dict[str, Any] | str:
 def _asks_for_high() -> bool:
     """Whether torch's precision of fp32 products on a CPU is less than "highest": what
     `torch.set_float32_matmul_precision("high")` sets."""
-    return torch.backends.mkldnn.matmul.fp32_precision in ("tf32", "bf16")
+    return torch.backends.mkldnn.matmul.fp32_precision in ("tf32", "bf16")  # type: ignore[attr-defined]
 
 
 def _may_split() -> bool:
