@@ -27,11 +27,7 @@ DTYPES = ("float32", "high", "bfloat16", "int8")
 
 
 @dataclass(frozen=True)
-<<<<<<< HEAD
-class Row:
-=======
 class Row(harness.Machine):
->>>>>>> cpu
     """One dtype of one model: least, 1st percentile and mean cosine to fp64 over `texts`; Spearman's correlation of
     `pairs` scores with fp32's, and with people's."""
 
@@ -45,17 +41,7 @@ class Row(harness.Machine):
     texts: int
     pairs: int
     plan: str
-<<<<<<< HEAD
-    device: str
-    torch: str
     isa: str
-    threads: int
-    load: float
-    commit: str
-    date: str
-=======
-    isa: str
->>>>>>> cpu
 
 
 def pairs(count: int) -> tuple[list[str], list[str], list[float]]:
@@ -98,13 +84,7 @@ def measure(model: str, dtypes: list[str], num_texts: int, num_pairs: int) -> li
             Row(
                 model.split("/")[-1], dtype, round(cosines.min(), 7), round(float(np.quantile(cosines, 0.01)), 7),
                 round(cosines.mean(), 7), round(spearmanr(base, found).statistic, 6),
-<<<<<<< HEAD
-                round(spearmanr(people, found).statistic, 4), len(texts), len(left), plan, harness.device_name("cpu"),
-                torch.__version__, native.isa(), torch.get_num_threads(), harness.load(), harness.commit(),
-                harness.today(),
-=======
                 round(spearmanr(people, found).statistic, 4), len(texts), len(left), plan, native.isa(),
->>>>>>> cpu
             )
         )  # fmt: skip
     return rows

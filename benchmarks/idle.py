@@ -14,29 +14,19 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import random
-<<<<<<< HEAD
-=======
 import tempfile
->>>>>>> cpu
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-<<<<<<< HEAD
-=======
 from pathlib import Path
->>>>>>> cpu
 
 import numpy as np
 import torch
 from rich.table import Table
 
 from benchmarks import harness
-<<<<<<< HEAD
-from benchmarks.encoder import dtype_of, package_of, providers
-=======
 from benchmarks.providers import OWN, dtype_of, make, package_of
->>>>>>> cpu
 from benchmarks.texts import WORDS, real_texts
 from fastbert import native
 from fastbert.hub import DEFAULT_MODEL, resolve
@@ -46,19 +36,11 @@ EVICTED_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
-<<<<<<< HEAD
-class Row:
-=======
 class Row(harness.Machine):
->>>>>>> cpu
     """Latency of a call in ms after gaps of one length, spent in one way; `over_p50` is p99 over that cell's p50."""
 
     provider: str
     dtype: str
-<<<<<<< HEAD
-    threads: int
-=======
->>>>>>> cpu
     wait: str
     gap_ms: int
     ms_p50: float
@@ -67,16 +49,7 @@ class Row(harness.Machine):
     over_p50: float
     samples: int
     text_words: int
-<<<<<<< HEAD
-    device: str
-    torch: str
     isa: str
-    load: float
-    commit: str
-    date: str
-=======
-    isa: str
->>>>>>> cpu
     version: str
 
 
@@ -94,17 +67,10 @@ def evict(buffer: np.ndarray, seconds: float) -> None:
     spin(end - time.perf_counter())
 
 
-<<<<<<< HEAD
-def measure(name: str, folder: str, threads: int, samples: int) -> list[Row]:
-    """Rows of one provider; `threads` is of ours, peers take all."""
-    torch.set_num_threads(threads)
-    ((_, encode),) = providers(folder, [name])
-=======
 def measure(name: str, folder: str, scratch: str, threads: int, samples: int) -> list[Row]:
     """Rows of one provider; `threads` is of ours, peers take all."""
     torch.set_num_threads(threads)
     encode = make(name, Path(folder), Path(scratch))
->>>>>>> cpu
     text = sorted(real_texts(WORDS["query"], 99), key=len)[49]
     buffer = np.ones(EVICTED_BYTES // 8)
     waits: dict[str, Callable[[float], None]] = {"spin": spin, "sleep": time.sleep, "evict": partial(evict, buffer)}
@@ -124,14 +90,8 @@ def measure(name: str, folder: str, scratch: str, threads: int, samples: int) ->
         p50, p90, p99 = np.percentile(times, (50, 90, 99))
         rows.append(
             Row(
-<<<<<<< HEAD
-                name, dtype_of(name), threads, wait, gap, *(round(float(p), 4) for p in (p50, p90, p99)),
-                round(float(p99 / p50), 2), samples, len(text.split()), harness.device_name("cpu"), torch.__version__,
-                native.isa(), harness.load(), harness.commit(), harness.today(), package_of(name),
-=======
                 name, dtype_of(name), wait, gap, *(round(float(p), 4) for p in (p50, p90, p99)),
                 round(float(p99 / p50), 2), samples, len(text.split()), native.isa(), package_of(name),
->>>>>>> cpu
             )
         )  # fmt: skip
     return rows
@@ -145,19 +105,11 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="write no rows")
     args = parser.parse_args()
     folder, most = str(resolve(DEFAULT_MODEL)), torch.get_num_threads()
-<<<<<<< HEAD
-    turns = [(n, t) for n in args.only.split(",") for t in ((1, most) if n.startswith("fastbert") else (most,))]
-    rows: list[Row] = []
-    for name, threads in turns:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            rows += pool.apply(measure, (name, folder, threads, args.samples))
-=======
     turns = [(n, t) for n in args.only.split(",") for t in ((1, most) if n in OWN else (most,))]
     rows: list[Row] = []
     for name, threads in turns:
         with tempfile.TemporaryDirectory() as scratch, multiprocessing.get_context("spawn").Pool(1) as pool:
             rows += pool.apply(measure, (name, folder, scratch, threads, args.samples))
->>>>>>> cpu
     shown = Table("provider", "threads", "wait", *(f"{gap} ms" for gap in GAPS_MS), title="ms p50 / p99 (p99 over p50)")
     for name, threads in turns:
         for wait in ("spin", "sleep", "evict"):

@@ -47,7 +47,8 @@ def pretraining_table(path: Path) -> str:
     first = rows[0]
     lines = [
         f"Pretraining from scratch on {_span(rows, 'train_tokens', 1e-6, '.1f')} M tokens of English, size "
-        f"{first['size']}, {_span(rows, 'vocabulary', 1, ',.0f')} ids, {first['device']}, {first['date']}, on held-out texts: "
+        f"{first['size']}, {_span(rows, 'vocabulary', 1, ',.0f')} ids, {first['device']}, {first['date']}, "
+        "on held-out texts: "
         "loss of masked tokens in nats, accuracy of the second task, and accuracy after fine-tuning on film reviews.",
         "",
         "| objective | steps | masked-LM loss | word shares | second task | chance | fine-tuned | from random |",
