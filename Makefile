@@ -7,7 +7,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 GPU_TESTS := $(addprefix tests/test_,ops.py kernels.py linear.py cuda_engine.py)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 
-.PHONY: help demo build check test test-gpu docs bench bench-gpu wheel size clean
+.PHONY: help demo build check test test-sanitized test-gpu docs bench bench-gpu wheel size clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -23,6 +23,13 @@ check: .venv/.dev  ## lint, types, house rules: seconds
 
 test: .venv/.test .venv/.weights  ## the whole suite
 	@$(BIN)/python -m pytest -n auto
+
+test-sanitized: .venv/.test .venv/.weights  ## the C++ extension under the address and undefined-behaviour sanitizers: 15 minutes
+	@mkdir -p build/sanitized && git ls-files | tar c -T - | tar x -C build/sanitized
+	@cd build/sanitized && FASTBERT_SANITIZE=1 $(CURDIR)/$(BIN)/python setup.py -q build_ext --inplace
+	@cd build/sanitized && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
+	  LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+	  $(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider -n auto -q tests/test_native.py tests/test_high.py tests/test_engine.py
 
 test-gpu:  ## kernels, engine and CUDA part, compiled, in fp32, fp16 and bf16: needs only torch, triton and pytest
 	@$(PYTHON) setup.py -q build_ext --inplace || echo "no native extension: its tests are skipped"
