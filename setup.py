@@ -29,6 +29,7 @@ X86["avx512bf16"] = [*AVX512VNNI, "-mavx512bf16"]
 X86["amx"] = [*X86["avx512bf16"], "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
 X86["amxemulated"] = [*X86["avx512bf16"], "-DFASTBERT_EMULATE_AMX"]
 ENCODER_ONLY = ("amx", "amxemulated")  # the other ops are those of avx512bf16
+ENCODER_FILES = ("encoder.cpp", "peak.cpp")
 ISAS = X86 if platform.machine().lower() in ("x86_64", "amd64") else {"portable": []}
 SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined"] if os.environ.get("FASTBERT_SANITIZE") == "1" else []
 # No -ffast-math: NaN and infinity must come out as they went in, and loading must not change the denormal mode.
@@ -97,8 +98,9 @@ class BuildNative(build_ext):
             jobs = [(s, n, [*c, "-DFASTBERT_CUDA"] if n == "bindings" else c) for s, n, c in jobs]
         for isa, flags in ISAS.items():
             per_isa = [*base, *flags, f"-DFASTBERT_ISA={isa}"]
-            sources = sorted((CSRC / "cpu").glob("encoder.cpp" if isa in ENCODER_ONLY else "*.cpp"))
-            jobs += [(s, f"{s.stem}-{isa}", per_isa) for s in sources]
+            sources = sorted((CSRC / "cpu").glob("*.cpp"))
+            chosen = [s for s in sources if isa not in ENCODER_ONLY or s.name in ENCODER_FILES]
+            jobs += [(s, f"{s.stem}-{isa}", per_isa) for s in chosen]
         if nvcc:
             device = [nvcc, *NVCCFLAGS, f"-I{CSRC}"]
             jobs += [(s, f"{s.stem}-cuda", device) for s in sorted((CSRC / "cuda").glob("*.cu"))]

@@ -5,15 +5,19 @@ A suite is a module with a `main`; rows go to one folder, figures and the page a
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+SOURCE = Path(__file__).parent.parent
 SUITES = {
     "ops": "every op x backend x number format, forward and with gradients, beside its reference",
     "encoder": "texts to vectors: throughput by kind of text, one text by length, beside all peers",
@@ -24,7 +28,7 @@ DEFAULT = ("ops", "encoder")
 # A whole report in minutes: what a suite is told beside the user's own options.
 TOLD = {
     "ops": ["--dtype", "float32,bfloat16", "--rounds", "20"],
-    "encoder": ["--texts", "64"],
+    "encoder": ["--texts", "48", "--seconds", "10"],
     "training": ["--only", "rotten-tomatoes", "--quick"],
     "server": ["--seconds", "4"],
 }
@@ -56,6 +60,7 @@ def bench(
     if against is not None and "encoder" not in chosen:
         raise typer.BadParameter("--against names peers of the suite encoder, which was not asked for")
     out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # by way of `finally`
     began, failed = time.perf_counter(), []
     for name in chosen:
         options = TOLD[name] + (["--quick"] if quick and "--quick" not in TOLD[name] else [])
@@ -76,7 +81,7 @@ def run(suite: str, options: list[str], out: Path, threads: int | None) -> int:
     environment = {
         **os.environ,
         "FASTBERT_BENCH_OUT": str(out.resolve()),
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(SOURCE), os.environ.get("PYTHONPATH", "")]),
         "TOKENIZERS_PARALLELISM": "true",
     }
     if threads is not None:
@@ -84,12 +89,32 @@ def run(suite: str, options: list[str], out: Path, threads: int | None) -> int:
     log = out / f"{suite}.log"
     with log.open("w", encoding="utf-8") as file:
         command = [sys.executable, "-m", f"benchmarks.{suite}", *options]
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, text=True, encoding="utf-8", start_new_session=True
+        )
         assert process.stdout is not None
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            file.write(line)
-        return process.wait()
+        try:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                file.write(line)
+            return process.wait()
+        finally:
+            end(process)
+
+
+def end(process: subprocess.Popen[str], patience_s: float = 10.0) -> None:
+    """End a suite that still runs, with all that it started: it leads a process group of its own."""
+    if process.poll() is not None:
+        return
+    if not hasattr(os, "killpg"):
+        process.kill()
+        return
+    with suppress(ProcessLookupError):  # all are gone
+        for number in (signal.SIGTERM, signal.SIGCONT):  # who has no turn is stopped, and would not hear the first
+            os.killpg(process.pid, number)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(patience_s)
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def notes(out: Path) -> list[str]:
@@ -101,15 +126,13 @@ def notes(out: Path) -> list[str]:
 
 def report(out: Path) -> bool:
     """Figures and the page out of the rows in a folder; whether there was anything to show."""
-    from benchmarks import page
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no figures and no page: missing: pip install matplotlib")
+        return False
+    from benchmarks import page, plots
 
     rows = page.read(out)
     if not rows:
-        return False
-    try:
-        from benchmarks import plots
-    except ImportError:
-        print("no figures and no page: missing: pip install matplotlib")
         return False
     plots.save(rows, out)
     (out / "index.html").write_text(page.render(rows, notes(out)), encoding="utf-8")
@@ -120,12 +143,12 @@ def report(out: Path) -> bool:
 
 def show_list() -> int:
     """Suites and providers; a missing one with the line that installs it."""
-    from benchmarks import encoder, peers
+    from benchmarks import providers
 
     for name, what in SUITES.items():
         print(f"suite {name}: {what}")
-    for name in (*encoder.OWN, *encoder.LIBRARIES, *peers.PEERS):
-        print(f"encoder {name}: {encoder.reason_against(name) or 'installed, ' + encoder.package_of(name)}")
+    for name in providers.chosen(None):
+        print(f"encoder {name}: {providers.reason_against(name) or 'installed, ' + providers.package_of(name)}")
     return 0
 
 

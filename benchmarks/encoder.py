@@ -1,4 +1,4 @@
-"""`python -m benchmarks.encoder`: texts to vectors end to end, each peer on the same texts, interleaved.
+"""`python -m benchmarks.encoder`: texts to vectors end to end, each peer on the same texts, in turns.
 
 Throughput is a whole list of texts, tokenisation included; batch1 is one text a call, typical of the list or of an
 exact number of tokens. A peer whose vectors differ (worst cosine below the gate) gets no row.
@@ -7,16 +7,12 @@ exact number of tokens. A peer whose vectors differ (worst cosine below the gate
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from functools import partial
-from importlib.metadata import version
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
@@ -24,111 +20,37 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from benchmarks import harness, peers
+from benchmarks import harness
+from benchmarks.models import MADE, folder_of
+from benchmarks.providers import BASE, OWN, chosen, dtype_of, make, package_of, padding_percent, reason_against
 from benchmarks.texts import WORDS, real_texts
-from fastbert import Embedder, native
-from fastbert.hub import DEFAULT_MODEL, resolve
-from fastbert.models import BertConfig, BertModel
-from fastbert.packing import pack
+from benchmarks.turns import Failed, Provider, take_turns
+from fastbert import Embedder
+from fastbert.hub import DEFAULT_MODEL
 from fastbert.sentence_folder import read_folder
 
 GATE = 0.9995
-OWN = {"fastbert": "float32", "fastbert-bf16": "bfloat16", "fastbert-int8": "int8"}
-BASE = "sentence-transformers"  # in fp32: what most people run
-LIBRARIES = {BASE: torch.float32, "sentence-transformers-bf16": torch.bfloat16}
 LENGTHS = (16, 32, 64, 128, 256, 512)  # tokens of a lone text
-Encode = Callable[[list[str]], np.ndarray]
 
 
-def reason_against(name: str) -> str | None:
-    """Why a provider cannot be measured here, and what to do; None where it can.
-
-    Raises:
-        SystemExit: there is no such provider.
-    """
-    if name in OWN:
-        return None
-    if name in peers.PEERS:
-        return peers.reason_against(peers.PEERS[name])
-    if name not in LIBRARIES:
-        raise SystemExit(f"no provider {name!r}; there are {', '.join([*OWN, *LIBRARIES, *peers.PEERS])}")
-    if importlib.util.find_spec("sentence_transformers") is None:
-        return "missing: pip install sentence-transformers"
-    return peers.NO_BFLOAT16 if LIBRARIES[name] == torch.bfloat16 and not peers.has_bfloat16() else None
-
-
-def providers(folder: str, only: list[str] | None) -> Iterator[tuple[str, Encode]]:
-    """(name, encode) of everything that can run here; the others are named with the reason, and what to do."""
-    for name in [*OWN, *LIBRARIES, *peers.PEERS] if only is None else only:
-        reason = reason_against(name)
-        if reason is not None:
+def started(names: Sequence[str], folder: Path, scratch: Path, stack: ExitStack) -> list[Provider]:
+    """A process of each provider that can run here; the others are named with the reason, and what to do."""
+    found = []
+    for name in names:
+        if (reason := reason_against(name)) is not None:
             print(f"{name}: {reason}")
-        elif name in OWN:
-            yield name, partial(Embedder.from_pretrained(folder, OWN[name]).encode, normalize_embeddings=True)
-        elif name in peers.PEERS:
-            yield name, peers.make(name, Path(folder))
-        else:
-            from sentence_transformers import SentenceTransformer
-
-            model = SentenceTransformer(folder, device="cpu", model_kwargs={"dtype": LIBRARIES[name]})
-            yield name, partial(model.encode, normalize_embeddings=True, show_progress_bar=False)
-
-
-def dtype_of(name: str) -> str:
-    """In which a provider computes, by its name."""
-    return {"bf16": "bfloat16", "int8": "int8"}.get(name.rpartition("-")[2], "float32")
-
-
-@torch.inference_mode()
-def roofs_of(dtype: str) -> harness.Roofs:
-    """Roofs in which the GEMM is the fastest of the libraries' and of our own, seen in one wide layer."""
-    roofs = harness.measure_roofs(getattr(torch, dtype), "cpu")
-    if dtype == "int8":
-        return roofs
-    D, F, lengths = 1024, 4096, [16] * 32
-    config = BertConfig(num_hidden_layers=1, hidden_size=D, num_attention_heads=16, intermediate_size=F, vocab_size=64)
-    model = BertModel(config, add_pooling_layer=False).eval().to(getattr(torch, dtype))
-    batch = pack([[1] * n for n in lengths])
-    ms = min(harness.interleave({"layer": lambda: model.forward_packed(batch)}, 10)["layer"])
-    return replace(roofs, flop_s=max(roofs.flop_s, 2 * (4 * D * D + 2 * D * F) * sum(lengths) / ms * 1e3))
+            continue
+        try:
+            found.append(stack.enter_context(Provider(name, make, name, folder, scratch)))
+        except Failed as failed:
+            print(f"{name}: no row: {failed}")
+    return found
 
 
 def worst_cosine(vectors: np.ndarray, exact: np.ndarray) -> float:
     """Least cosine of two lists of vectors, those of `exact` of length 1; a length rounded to bfloat16 is no error."""
     vectors = vectors.astype(np.float64)
     return float(((vectors * exact).sum(1) / np.linalg.norm(vectors, axis=1)).min())
-
-
-def chosen(against: str | None) -> list[str] | None:
-    """Names of providers for `--against`: ours, the base, and each peer that a word names, with its variants.
-
-    Raises:
-        SystemExit: a word names no peer.
-    """
-    if against is None:
-        return None
-    names = [*OWN, BASE]
-    for word in against.split(","):
-        found = [n for n in (*LIBRARIES, *peers.PEERS) if n == word or n.startswith(f"{word}-")]
-        if not found:
-            raise SystemExit(f"no peer {word!r}; there are {', '.join([*LIBRARIES, *peers.PEERS])}")
-        names += [name for name in found if name not in names]
-    return names
-
-
-def package_of(name: str) -> str:
-    """A provider's package and its version."""
-    stem = re.sub(r"(-tuned)?(-bf16|-int8)?$", "", name)
-    package = {"fastbert": "fastbert-engine", "torch-compile": "torch"}.get(stem, stem)
-    return f"{package} {version(package)}"
-
-
-def padding_percent(name: str, ids: list[list[int]]) -> float:
-    """The share of computed tokens that are padding, in a provider's batches."""
-    if name in OWN or name.startswith("ctranslate2"):
-        return 0.0
-    size = peers.PEERS[name].kind.batch_size if name in peers.PEERS else peers.Padded.batch_size
-    return round(100 * (1 - sum(map(len, ids)) / sum(mask.size for _, _, mask in peers.batches(ids, size))), 1)
 
 
 def roomy(folder: Path, length: int, stack: ExitStack) -> Path:
@@ -157,27 +79,32 @@ class Bench:
     """What all measurements of a run share.
 
     Attributes:
-        encoders: name -> texts to unit vectors.
+        providers: those that run.
         exact: the model in fp64, which judges them.
         roofs: by dtype.
+        seconds: for each list of texts, all providers together.
     """
 
-    encoders: dict[str, Encode]
+    providers: Sequence[Provider]
     exact: Embedder
     roofs: dict[str, harness.Roofs]
+    seconds: float
 
     def gate(self, what: str, texts: list[str]) -> dict[str, float]:
         """Worst cosine of each provider that may have a row."""
         exact = self.exact.encode(texts, normalize_embeddings=True)
-        cosines = {name: worst_cosine(encode(texts), exact) for name, encode in self.encoders.items()}
+        cosines = {}
+        for provider in self.providers:
+            try:
+                cosines[provider.name] = worst_cosine(provider.encode(texts), exact)
+            except Failed as failed:
+                print(f"{what}: {provider.name}: no row: {failed}")
         kept = {name: cosine for name, cosine in cosines.items() if cosine >= GATE or "int8" in name}
         for name in cosines.keys() - kept.keys():
             print(f"{what}: {name} fails the gate, worst cosine {cosines[name]:.6f}")
         return kept
 
-    def measure(
-        self, what: str, mode: str, texts: list[str], rounds: int, cosines: dict[str, float]
-    ) -> list[harness.Row]:
+    def measure(self, what: str, mode: str, texts: list[str], cosines: dict[str, float]) -> list[harness.Row]:
         """Rows of one list of texts, encoded in one call; `cosines` names those that may have one."""
         ids = self.exact.tokenizer.encode(texts).ids
         tokens, squares = sum(map(len, ids)), sum(len(i) ** 2 for i in ids)
@@ -185,22 +112,19 @@ class Bench:
         layers, D, F = config.num_hidden_layers, config.hidden_size, config.intermediate_size
         weights = layers * (4 * D * D + 2 * D * F)
         flop = 2 * weights * tokens + 4 * layers * D * squares
-        turns = {name: partial(self.encoders[name], texts) for name in cosines}
-        times = harness.interleave(turns, rounds, warmup=2)
+        times = take_turns([p for p in self.providers if p.name in cosines], texts, self.seconds)
         rows = []
         for name, ms in times.items():
             p50, p20, p80 = harness.percentiles(ms)
-            roofs = self.roofs[dtype_of(name)]
             nbytes = weights * {"float32": 4, "bfloat16": 2, "int8": 1}[dtype_of(name)]  # read once a call, at least
+            roofs = self.roofs[dtype_of(name)].beside_cache(nbytes, "cpu")
             rows.append(
                 harness.Row(
                     "encode", f"{what}-{len(texts)}x{tokens}", name, mode, dtype_of(name),
                     *(round(v, 4) for v in (p50, p20, p80)), round(nbytes / p50 / 1e6, 3), round(flop / p50 / 1e9, 4),
-                    round(100 * roofs.bound_ms(nbytes, flop) / p50, 1), harness.device_name("cpu"),
-                    torch.__version__, native.isa() if native.available() else "none", torch.get_num_threads(),
-                    harness.load(), harness.commit(), harness.today(), harness.times_base(times.get(BASE), ms),
-                    padding_percent(name, ids), round(cosines[name], 6), round(roofs.bytes_s / 1e9, 2),
-                    round(roofs.flop_s / 1e12, 4), package_of(name), harness.joined(ms),
+                    round(100 * roofs.bound_ms(nbytes, flop) / p50, 1), harness.times_base(times.get(BASE), ms),
+                    padding_percent(name, ids), round(cosines[name], 6), **roofs.columns(), version=package_of(name),
+                    samples=harness.joined(ms),
                 )
             )  # fmt: skip
         return rows
@@ -234,42 +158,45 @@ def table(title: str, rows: list[harness.Row]) -> Table:
 def main() -> None:
     """Measure, print a table, write the rows."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default=DEFAULT_MODEL)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--model", default=DEFAULT_MODEL, help=f"folder, hub id or one of {', '.join(MADE)}")
+    parser.add_argument("--seconds", type=float, default=40, help="of each list of texts, all providers together")
     parser.add_argument("--texts", type=int, default=256)
     parser.add_argument("--only", help="providers, separated by commas")
     parser.add_argument("--against", help="peers, separated by commas, beside ours and the base")
     parser.add_argument("--quick", action="store_true", help="a few texts once, to see that all works; writes no rows")
     args = parser.parse_args()
-    lengths, batch1_rounds = LENGTHS, 15
+    lengths = LENGTHS
     if args.quick:
-        args.rounds, args.texts, lengths, batch1_rounds = 2, 24, LENGTHS[::3], 2
+        args.seconds, args.texts, lengths = 0, 8, LENGTHS[::3]
     with ExitStack() as stack:
-        folder = roomy(resolve(args.model), max(lengths), stack)
-        only = args.only.split(",") if args.only else chosen(args.against)
-        encoders = dict(providers(str(folder), only))
+        folder = roomy(folder_of(args.model), max(lengths), stack)
+        own = "" if args.model == DEFAULT_MODEL else f"{Path(args.model).name} "  # begins the cases of another model
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fastbert-peers-")))
+        names = args.only.split(",") if args.only else chosen(args.against)
+        providers = started(names, folder, scratch, stack)
         exact = Embedder.from_pretrained(folder, dtype="float32")
         exact.model.double()
-        dtypes = dict.fromkeys(map(dtype_of, encoders))
-        bench = Bench(encoders, exact, {dtype: roofs_of(dtype) for dtype in dtypes})
+        dtypes = dict.fromkeys(dtype_of(provider.name) for provider in providers)
+        roofs = {dtype: harness.measure_roofs(getattr(torch, dtype), "cpu") for dtype in dtypes}
+        bench = Bench(providers, exact, roofs, args.seconds)
         rows: list[harness.Row] = []
         for mix, words in list(WORDS.items())[: 1 if args.quick else None]:
             texts = real_texts(words, args.texts)
             cosines = bench.gate(mix, texts)
-            rows += bench.measure(mix, "throughput", texts, args.rounds, cosines)
+            rows += bench.measure(own + mix, "throughput", texts, cosines)
             typical = sorted(texts, key=len)[len(texts) // 2]
-            rows += bench.measure(mix, "batch1", [typical], batch1_rounds, cosines)
+            rows += bench.measure(own + mix, "batch1", [typical], cosines)
         room = exact.model.config.max_position_embeddings
         for length in [n for n in lengths if n <= room]:
             text = text_of(length, lambda texts: exact.tokenizer.encode(texts).ids)
             cosines = bench.gate(f"length {length}", [text])
-            rows += bench.measure("length", "batch1", [text], batch1_rounds, cosines)
+            rows += bench.measure(f"{own}length", "batch1", [text], cosines)
     device = harness.device_name("cpu")
     harness.console().print(table(f"{args.model}, {device}, {torch.get_num_threads()} threads", rows))
     if args.quick and harness.RESULTS == harness.COMMITTED:
         print("quick: no rows are written, and these times mean nothing")
         return
-    path = harness.write(rows, harness.file_of("encoder", "cpu"))
+    path = harness.write(rows, harness.file_of(f"{own.strip()}-encoder" if own else "encoder", "cpu"))
     print(f"load {harness.load()}; {len(rows)} rows in {path.relative_to(harness.RESULTS.parent.parent)}")
 
 

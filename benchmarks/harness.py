@@ -12,25 +12,40 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import date
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+
+from fastbert import native
 
 COMMITTED = Path(__file__).parent / "results"
 # `python -m benchmarks --out` sends the rows of its suites elsewhere.
 RESULTS = Path(os.environ.get("FASTBERT_BENCH_OUT", COMMITTED))
 
 
-@dataclass(frozen=True)
-class Row:
-    """One measurement. Times in ms; `roof` is the percent of the faster of two bounds: bytes / copy, FLOP / GEMM.
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Where, by what and when a row was measured: the last columns of every file of rows."""
 
+    device: str = field(default_factory=lambda: device_name("cpu"))
+    torch: str = field(default_factory=lambda: torch.__version__)
+    threads: int = field(default_factory=lambda: torch.get_num_threads())
+    load: float = field(default_factory=lambda: load())
+    commit: str = field(default_factory=lambda: commit())
+    date: str = field(default_factory=lambda: today())
+
+
+@dataclass(frozen=True)
+class Row(Machine):
+    """One measurement. Times in ms; `roof_percent` is the share of the larger of two bounds: bytes / copy, FLOP / peak.
+
+    `peak_tflop_s` is the roof of arithmetic, `gemm_tflop_s` what torch's largest GEMM reached; rows that were measured
+    before there was a peak have none, and their percent is of the GEMM.
     `times_base` is how many times as fast as the row's base (the reference of an op, sentence-transformers in fp32) it
     was: the median over the rounds of that round's ratio, which a slow minute leaves as it is. `samples` are the ms of
     the rounds, for `--compare`. `padding_percent` is the share of computed tokens that were padding.
@@ -47,32 +62,40 @@ class Row:
     gb_s: float
     tflop_s: float
     roof_percent: float
-    device: str
-    torch: str
-    isa: str
-    threads: int
-    load: float
-    commit: str
-    date: str
     times_base: float = math.nan
     padding_percent: float = 0.0
     worst_cosine: float = math.nan
     copy_gb_s: float = math.nan
     gemm_tflop_s: float = math.nan
+    peak_tflop_s: float = math.nan
     version: str = ""
     samples: str = ""
+    isa: str = field(default_factory=lambda: native.isa() if native.available() else "none")
 
 
 @dataclass(frozen=True)
 class Roofs:
-    """What this machine reaches: copy in bytes/s (read + written), GEMM in FLOP/s of the dtype."""
+    """What this machine reaches: copy in bytes/s (read + written), arithmetic of a dtype and torch's GEMM in FLOP/s."""
 
     bytes_s: float
     flop_s: float
+    gemm_flop_s: float = math.nan
 
     def bound_ms(self, nbytes: float, flop: float) -> float:
         """The least time that the bytes and the arithmetic allow."""
         return 1e3 * max(nbytes / self.bytes_s, flop / self.flop_s)
+
+    def beside_cache(self, nbytes: int, device: str) -> Roofs:
+        """The same for so few bytes: what fits into a cache is held against a copy that fits into it, too."""
+        return replace(self, bytes_s=max(self.bytes_s, copy_bytes_s(nbytes, device)))
+
+    def columns(self) -> dict[str, float]:
+        """The fields of a row that say what its percent is of."""
+        return {
+            "copy_gb_s": round(self.bytes_s / 1e9, 2),
+            "gemm_tflop_s": round(self.gemm_flop_s / 1e12, 4),
+            "peak_tflop_s": round(self.flop_s / 1e12, 4),
+        }
 
 
 def interleave(
@@ -88,9 +111,11 @@ def interleave(
         for name, function in functions.items():
             calls[name] = max(1, min(1000, math.ceil(least_ms / max(_timed(function, 1), 1e-6))))
     times: dict[str, list[float]] = {name: [] for name in functions}
+    order = list(functions)
     for _ in range(rounds):
-        for name, function in functions.items():
-            times[name].append(_timed(function, calls[name]))
+        for name in order:
+            times[name].append(_timed(functions[name], calls[name]))
+        order.reverse()  # nobody always follows the same one
     return times
 
 
@@ -123,13 +148,11 @@ _GEMMS = {torch.int8: torch._int_mm}
 
 
 def measure_roofs(dtype: torch.dtype, device: str) -> Roofs:
-    """A large copy and a large GEMM on this machine, the best of several and of two libraries."""
+    """A large copy, and arithmetic: on a CPU what its units do out of registers, elsewhere a large GEMM."""
     a = torch.randn(2048, 2048, device=device).mul(8).to(dtype)
-    gemms: dict[str, Callable[[], object]] = {"torch": partial(_GEMMS.get(dtype, torch.mm), a, a)}
-    if dtype == torch.float32 and device == "cpu":
-        gemms["numpy"] = partial(np.matmul, a.numpy(), a.numpy())  # another library, which may be the faster
-    gemm = min(min(times) for times in interleave(gemms, 10).values())
-    return Roofs(copy_bytes_s(256 << 20, device), 2 * 2048**3 / gemm * 1e3)
+    gemm = 2 * 2048**3 / min(interleave({"torch": partial(_GEMMS.get(dtype, torch.mm), a, a)}, 6)["torch"]) * 1e3
+    peak = native.peak_flop_s(dtype, windows=40) if device == "cpu" and native.available() else 0.0
+    return Roofs(copy_bytes_s(256 << 20, device), max(peak, gemm), gemm)
 
 
 @cache
@@ -184,8 +207,10 @@ def write(rows: Sequence[Any], name: str, key: tuple[str, ...] = ("op", "case", 
     for row in rows:
         values = asdict(row)
         table[tuple(str(values[k]) for k in key)] = values
+    common = {f.name for f in fields(Machine)}
+    columns = sorted((f.name for f in fields(rows[0])), key=lambda name: name in common)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(rows[0])])
+        writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(table[k] for k in sorted(table))
     return path

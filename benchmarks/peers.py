@@ -8,7 +8,6 @@ without as most people do.
 from __future__ import annotations
 
 import importlib.util
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -52,8 +51,8 @@ class Padded:
 
     batch_size = 32
 
-    def __init__(self, folder: Path, dtype: str) -> None:
-        """Load the model in `float32`, `bfloat16` or `int8`."""
+    def __init__(self, folder: Path, dtype: str, scratch: Path) -> None:
+        """Load the model in `float32`, `bfloat16` or `int8`; what it is converted to is kept in `scratch`."""
         raise NotImplementedError
 
     def hidden(self, input_ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -74,7 +73,7 @@ class Padded:
 class Transformers(Padded):
     """transformers with scaled-dot-product attention, eager."""
 
-    def __init__(self, folder: Path, dtype: str) -> None:
+    def __init__(self, folder: Path, dtype: str, scratch: Path) -> None:
         from transformers import AutoModel
 
         self.model: Any = AutoModel.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
@@ -88,14 +87,15 @@ class Transformers(Padded):
 class Compiled(Transformers):
     """The same, through torch.compile with shapes left open."""
 
-    def __init__(self, folder: Path, dtype: str) -> None:
-        super().__init__(folder, dtype)
+    def __init__(self, folder: Path, dtype: str, scratch: Path) -> None:
+        super().__init__(folder, dtype, scratch)
         self.model = torch.compile(self.model, dynamic=True)
 
 
-@cache
-def onnx_file(folder: Path) -> Path:
-    """The encoder in ONNX with open batch and length, exported once a process; its folder goes with the process."""
+def onnx_file(folder: Path, scratch: Path) -> Path:
+    """The encoder in ONNX with open batch and length, exported once."""
+    if (place := scratch / "model.onnx").exists():
+        return place
     from transformers import AutoModel
 
     model = AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
@@ -110,7 +110,6 @@ def onnx_file(folder: Path) -> Path:
             bias = (1.0 - attention_mask[:, None, None, :].float()) * torch.finfo(torch.float32).min
             return self.model(input_ids=input_ids, attention_mask=bias).last_hidden_state
 
-    place = Path(_exports().name) / "model.onnx"
     sample = torch.ones(2, 8, dtype=torch.int64)
     axes = {0: "batch", 1: "length"}
     torch.onnx.export(
@@ -121,27 +120,22 @@ def onnx_file(folder: Path) -> Path:
     return place
 
 
-@cache
-def _exports() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="fastbert-peers-")
-
-
 class OnnxRuntime(Padded):
     """ONNX Runtime: fp32 with its own fusions for BERT, or its dynamic int8 quantisation of that."""
 
-    def __init__(self, folder: Path, dtype: str) -> None:
+    def __init__(self, folder: Path, dtype: str, scratch: Path) -> None:
         import onnx
         import onnxruntime
         from onnxruntime.quantization import QuantType, quantize_dynamic
         from onnxruntime.transformers.optimizer import optimize_model
 
         config = read_json(folder / "config.json")
-        place = onnx_file(folder).with_name(f"optimised-{dtype}.onnx")
+        place = scratch / f"optimised-{dtype}.onnx"
         heads, size = config["num_attention_heads"], config["hidden_size"]
-        fused = optimize_model(str(onnx_file(folder)), model_type="bert", num_heads=heads, hidden_size=size)
+        fused = optimize_model(str(onnx_file(folder, scratch)), model_type="bert", num_heads=heads, hidden_size=size)
         fused.save_model_to_file(str(place))
         if dtype == "int8":
-            source, place = place, place.with_name("int8.onnx")
+            source, place = place, scratch / "int8.onnx"
             types = {"DefaultTensorType": onnx.TensorProto.FLOAT}  # of what its own fusions put out
             quantize_dynamic(source, place, weight_type=QuantType.QInt8, per_channel=True, extra_options=types)
         options = onnxruntime.SessionOptions()
@@ -157,13 +151,11 @@ class OpenVino(Padded):
 
     hint = "LATENCY"
 
-    def __init__(self, folder: Path, dtype: str) -> None:
+    def __init__(self, folder: Path, dtype: str, scratch: Path) -> None:
         import openvino
 
         core = openvino.Core()
-        model = core.read_model(onnx_file(folder))
-        if dtype == "int8":
-            model = _calibrated(folder)
+        model = core.read_model((_calibrated if dtype == "int8" else onnx_file)(folder, scratch))
         precision = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}[dtype]  # int8: of what is not quantised
         config = {
             "PERFORMANCE_HINT": self.hint,
@@ -183,10 +175,10 @@ class OpenVinoTuned(OpenVino):
     hint = "THROUGHPUT"
     batch_size = 16
 
-    def __init__(self, folder: Path, dtype: str) -> None:
+    def __init__(self, folder: Path, dtype: str, scratch: Path) -> None:
         import openvino
 
-        super().__init__(folder, dtype)
+        super().__init__(folder, dtype, scratch)
         self.queue = openvino.AsyncInferQueue(self.model)
 
     def vectors(self, ids: list[list[int]]) -> np.ndarray:
@@ -207,25 +199,28 @@ class OpenVinoTuned(OpenVino):
         return out
 
 
-@cache
-def _calibrated(folder: Path) -> Any:
-    """Static int8 by NNCF's recipe for transformers, calibrated on English sentences."""
+def _calibrated(folder: Path, scratch: Path) -> Path:
+    """Static int8 by NNCF's recipe for transformers, calibrated on English sentences; once."""
+    if (place := scratch / "int8.xml").exists():
+        return place
     import nncf
     import openvino
 
     encode = _tokenizer(folder).encode(real_texts((4, 80), 300, seed=1)).ids
     samples = [{"input_ids": i, "attention_mask": m} for _, i, m in batches(encode, 1)]
-    model = openvino.Core().read_model(onnx_file(folder))
-    return nncf.quantize(model, nncf.Dataset(samples), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(samples))
+    model = openvino.Core().read_model(onnx_file(folder, scratch))
+    kind = nncf.ModelType.TRANSFORMER
+    openvino.save_model(nncf.quantize(model, nncf.Dataset(samples), model_type=kind, subset_size=len(samples)), place)
+    return place
 
 
 class CTranslate2(Padded):
     """CTranslate2, which drops padding too; fp32, or int8 weights and activations."""
 
-    def __init__(self, folder: Path, dtype: str) -> None:
+    def __init__(self, folder: Path, dtype: str, scratch: Path) -> None:
         import ctranslate2
 
-        place = Path(_exports().name) / "ctranslate2"
+        place = scratch / "ctranslate2"
         if not place.exists():
             ctranslate2.converters.TransformersConverter(str(folder)).convert(str(place))
         self.array = ctranslate2.StorageView.from_array
@@ -289,7 +284,7 @@ def _tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer.from_folder(described.transformer, limit, described.max_seq_length, described.do_lower_case)
 
 
-def make(name: str, folder: Path) -> Callable[[list[str]], np.ndarray]:
+def make(name: str, folder: Path, scratch: Path) -> Callable[[list[str]], np.ndarray]:
     """Texts -> (N, D) unit vectors by one peer: `tokenizers` called directly, then the peer, then pooling.
 
     Raises:
@@ -299,5 +294,5 @@ def make(name: str, folder: Path) -> Callable[[list[str]], np.ndarray]:
     if described.pooling.modes != ("mean",):
         raise ValueError(f"peers pool by mean, but {folder} says {described.pooling.modes}")
     tokenizer = _tokenizer(folder)
-    peer = PEERS[name].kind(described.transformer, PEERS[name].dtype)
+    peer = PEERS[name].kind(described.transformer, PEERS[name].dtype, scratch)
     return lambda texts: peer.vectors(tokenizer.encode(texts).ids)

@@ -144,7 +144,8 @@ def peers(rows: Sequence[Row], theme: Mapping[str, str]) -> Figure | None:
 
 def roofline(rows: Sequence[Row], theme: Mapping[str, str]) -> Figure | None:
     """Encoders and attention below their two measured roofs; and the percent of the roof of each op."""
-    roofs = {r["dtype"]: (float(r["copy_gb_s"]), float(r["gemm_tflop_s"])) for r in rows if r["op"] == "encode"}
+    encoders = [r for r in rows if r["op"] == "encode"]
+    roofs = {r["dtype"]: (float(r["copy_gb_s"]), float(r["peak_tflop_s"])) for r in encoders}
     ops = [r for r in rows if r["op"] != "encode" and r["mode"] == "forward" and r["dtype"] == "float32"]
     if not roofs and not ops:
         return None
@@ -152,15 +153,15 @@ def roofline(rows: Sequence[Row], theme: Mapping[str, str]) -> Figure | None:
     left, right = figure.subplots(1, 2)
     colors = dict(zip(FORMATS, (theme["ours"], "#4c78a8", "#54a24b"), strict=True))
     span = (1.0, 3e4)
-    for kind, (copy, gemm) in roofs.items():
-        ridge = 1e3 * gemm / copy
-        left.plot([span[0], ridge, span[1]], [copy * span[0] / 1e3, gemm, gemm], color=colors[kind], linewidth=1.2,
-                  label=f"{kind}: copy {copy:,.0f} GB/s, GEMM {gemm:.2f} TFLOP/s")  # fmt: skip
+    for kind, (copy, peak) in roofs.items():
+        ridge = 1e3 * peak / copy
+        left.plot([span[0], ridge, span[1]], [copy * span[0] / 1e3, peak, peak], color=colors[kind], linewidth=1.2,
+                  label=f"{kind}: copy {copy:,.0f} GB/s, {peak:.2f} TFLOP/s")  # fmt: skip
         for mode, mark in (("throughput", "o"), ("batch1", "^")):
             points = [
                 (1e3 * float(r["tflop_s"]) / float(r["gb_s"]), float(r["tflop_s"]))
-                for r in rows
-                if r["op"] == "encode" and is_ours(r["backend"]) and r["dtype"] == kind and r["mode"] == mode
+                for r in encoders
+                if is_ours(r["backend"]) and r["dtype"] == kind and r["mode"] == mode
                 and float(r["gb_s"])
             ]  # fmt: skip
             left.scatter(

@@ -35,7 +35,7 @@ KEY = ("objective", "family", "size", "steps", "batch_tokens", "seq_length")
 
 
 @dataclass(frozen=True)
-class PretrainRow:
+class PretrainRow(harness.Machine):
     """One objective. Losses in nats a masked token; scores and shares of held-out items or tokens, 0 to 1.
 
     `unigram` is the loss of the training texts' word shares; `score` answers the second question (next sentence, order,
@@ -65,12 +65,6 @@ class PretrainRow:
     seeds: int
     tokens_per_second: float
     padding_saved: float
-    device: str
-    torch: str
-    threads: int
-    load: float
-    commit: str
-    date: str
 
 
 @dataclass(frozen=True)
@@ -176,11 +170,6 @@ def measure(objective: str, texts: Path, root: Path, told: argparse.Namespace) -
         tokens_per_second=round(metrics["tokens_per_second"]),
         padding_saved=round(metrics["padding_saved"], 4),
         device=harness.device_name("cuda" if torch.cuda.is_available() else "cpu"),
-        torch=torch.__version__,
-        threads=torch.get_num_threads(),
-        load=harness.load(),
-        commit=harness.commit(),
-        date=harness.today(),
     )
     return row, curve(objective, result.history)
 

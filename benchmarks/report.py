@@ -10,7 +10,9 @@ from benchmarks.harness import RESULTS
 from benchmarks.report_training import pretraining_table, training_table
 
 README = RESULTS.parent.parent / "README.md"
-BEGIN, END = "<!-- numbers: python -m benchmarks.report -->", "<!-- end of numbers -->"
+# The site includes what stands between: docs/design/numbers.md.
+BEGIN = "<!-- python -m benchmarks.report --8<-- [start:numbers] -->"
+END = "<!-- --8<-- [end:numbers] -->"
 PEER = "sentence-transformers"
 
 

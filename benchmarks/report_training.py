@@ -46,8 +46,9 @@ def pretraining_table(path: Path) -> str:
     rows = _rows(path)
     first = rows[0]
     lines = [
-        f"Pretraining from scratch on {int(first['train_tokens']) / 1e6:.1f} M tokens of English, size "
-        f"{first['size']}, {int(first['vocabulary']):,} ids, {first['device']}, {first['date']}, on held-out texts: "
+        f"Pretraining from scratch on {_span(rows, 'train_tokens', 1e-6, '.1f')} M tokens of English, size "
+        f"{first['size']}, {_span(rows, 'vocabulary', 1, ',.0f')} ids, {first['device']}, {first['date']}, "
+        "on held-out texts: "
         "loss of masked tokens in nats, accuracy of the second task, and accuracy after fine-tuning on film reviews.",
         "",
         "| objective | steps | masked-LM loss | word shares | second task | chance | fine-tuned | from random |",
@@ -65,3 +66,11 @@ def pretraining_table(path: Path) -> str:
 def _rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def _span(rows: list[dict[str, str]], column: str, scale: float, form: str) -> str:
+    """Least to most of a column."""
+    values = sorted(
+        {format(scale * float(row[column]), form) for row in rows}, key=lambda text: float(text.replace(",", ""))
+    )
+    return values[0] if len(values) == 1 else f"{values[0]} to {values[-1]}"

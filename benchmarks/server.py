@@ -31,7 +31,7 @@ KEY = ("test", "texts", "clients", "texts_a_request", "server")
 
 
 @dataclass(frozen=True)
-class ServerRow:
+class ServerRow(harness.Machine):
     """One cell of one server. Rates are a second; latencies from due to done, in ms; memory in MiB.
 
     `of_encode_percent` holds the throughput against one call of `Embedder.encode` with all texts,
@@ -61,12 +61,6 @@ class ServerRow:
     failed: int
     rss_begin: float
     rss_end: float
-    device: str
-    torch: str
-    threads: int
-    load: float
-    commit: str
-    date: str
 
 
 @dataclass(frozen=True)
@@ -169,7 +163,7 @@ def measure_cell(
                 round(of_encode, 1), round(of_inflight, 1), round(full.cores, 3), round(net, 1),
                 round(rate / 2, 2), round(float(p50), 3), round(float(p99), 3), len(full.status) + len(half.status),
                 full.count(200) + half.count(200), full.count(429) + half.count(429), 0,
-                round(begin, 1), round(server.rss_mb(), 1), *surroundings(),
+                round(begin, 1), round(server.rss_mb(), 1),
             )
         )  # fmt: skip
     return rows
@@ -204,14 +198,8 @@ def overload(
         "overload", mix, clients, each, server.name, round(right_s, 2), round(right_s * each, 1), 0.0, 0.0,
         round(answers.cores, 3), 0.0,
         round(rate * times, 2), round(float(p50), 3), round(float(p99), 3), len(answers.status), answers.count(200),
-        answers.count(429), 0, round(begin, 1), round(max(sampled[-5:]), 1), *surroundings(),
+        answers.count(429), 0, round(begin, 1), round(max(sampled[-5:]), 1),
     )  # fmt: skip
-
-
-def surroundings() -> tuple[str, str, int, float, str, str]:
-    """The columns of a row that say where and when."""
-    threads = torch.get_num_threads()
-    return harness.device_name("cpu"), torch.__version__, threads, harness.load(), harness.commit(), harness.today()
 
 
 def show(rows: Sequence[ServerRow]) -> None:

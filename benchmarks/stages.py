@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks import servers
+from benchmarks import harness, servers
 from benchmarks.encoder import WORDS, real_texts
-from benchmarks.server import MODEL_NAME, surroundings, write
+from benchmarks.server import MODEL_NAME, write
 from fastbert import Embedder
 from fastbert.hub import DEFAULT_MODEL, resolve
 from fastbert.serve.series import STAGES
@@ -28,7 +28,7 @@ KEY = ("texts", "stage")
 
 
 @dataclass(frozen=True)
-class StageRow:
+class StageRow(harness.Machine):
     """A stage of one request: milliseconds; `share_percent` of the round trip's median."""
 
     texts: str
@@ -37,12 +37,6 @@ class StageRow:
     ms_p50: float
     ms_p99: float
     share_percent: float
-    device: str
-    torch: str
-    threads: int
-    load: float
-    commit: str
-    date: str
 
 
 def ask(connection: socket.socket, request: bytes) -> bytes:
@@ -110,9 +104,7 @@ def main() -> None:
             whole = float(np.median(found["round trip"]))
             for stage, times in found.items():
                 p50, p99 = (round(float(p), 4) for p in np.percentile(times, (50, 99)))
-                rows.append(
-                    StageRow(mix, stage, len(times), p50, p99, round(100 * p50 / whole, 1), *surroundings())
-                )  # fmt: skip
+                rows.append(StageRow(mix, stage, len(times), p50, p99, round(100 * p50 / whole, 1)))
                 print(f"{mix:9} {stage:11} {p50:8.3f} ms  p99 {p99:8.3f} ms  {100 * p50 / whole:5.1f} %")
     if not args.quick:
         write(rows, "stages", KEY)

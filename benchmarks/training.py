@@ -42,7 +42,7 @@ MEASURES = ("metric", "speed", "both")
 
 
 @dataclass(frozen=True)
-class TrainingRow:
+class TrainingRow(harness.Machine):
     """One system on one data set, over seeds. `padding` is the share of computed tokens that were padding.
 
     `measured` is one of `MEASURES`; the fields of the other are NaN.
@@ -65,13 +65,7 @@ class TrainingRow:
     learning_rate: float
     max_length: int
     dtype: str
-    device: str
-    torch: str
-    transformers: str
-    threads: int
-    load: float
-    commit: str
-    date: str
+    transformers: str = version("transformers")
 
 
 @dataclass(frozen=True)
@@ -277,8 +271,7 @@ def bench(
             len(data.train), 0 if measured == "speed" else len(data.eval), arguments.num_train_epochs,
             arguments.batch_size or 0, arguments.learning_rate, arguments.max_length or 0,
             "bfloat16" if arguments.bf16 else "float32",
-            harness.device_name("cuda" if torch.cuda.is_available() else "cpu"), torch.__version__,
-            version("transformers"), torch.get_num_threads(), harness.load(), harness.commit(), harness.today(),
+            device=harness.device_name("cuda" if torch.cuda.is_available() else "cpu"),
         )  # fmt: skip
 
     return [row(system) for system in runners]

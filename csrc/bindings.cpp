@@ -230,6 +230,16 @@ void int8_linear_scale(Arg sums_, Arg scale_, Arg weight_scale_, Arg bias_, Arg 
   launch(y, [&](auto& k) { k.int8_linear_scale(sums, scale, weight_scale, bias, y, rows, N); });
 }
 
+double peak_operations(const std::string& dtype, int64_t rounds) {
+  const bool known = dtype == "float32" || dtype == "bfloat16" || dtype == "int8";
+  if (!known || rounds < 1)
+    throw py::value_error("expected float32, bfloat16 or int8 and rounds >= 1, got " + dtype + " and " +
+                          std::to_string(rounds));
+  const Peaks& all = peaks();
+  py::gil_scoped_release nogil;
+  return (dtype == "float32" ? all.of_float : dtype == "bfloat16" ? all.of_bf16 : all.of_int8)(rounds);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -252,6 +262,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cross_entropy_bwd", &cross_entropy_bwd);
   m.def("int8_linear_quantize", &int8_linear_quantize);
   m.def("int8_linear_scale", &int8_linear_scale);
+  m.def("peak_operations", &peak_operations, py::arg("dtype"), py::arg("rounds"));
   bind_encoder(m);
   bind_plans(m);
 #ifdef FASTBERT_CUDA

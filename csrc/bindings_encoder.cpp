@@ -1,4 +1,4 @@
-// What Python sees of the frozen encoder: one object, of float, bf16 or 8-bit weights, with one call for a whole forward pass.
+// What Python sees of the frozen encoder: one object, of float, bf16, 8-bit or split weights, with one call for a whole forward pass.
 #include <pybind11/stl.h>
 
 #include <cstring>
@@ -47,7 +47,7 @@ LinearSource<T> linear(Arg tuple, const char* name, int64_t out, int64_t in) {
   const std::size_t count = std::is_same_v<T, std::int8_t> ? 4 : 2;
   if (parts.size() != count) throw py::value_error(std::string(name) + " needs " + std::to_string(count) + " parts");
   const View view(parts[0], name);
-  view.expect_ndim(2).expect(dtype_of<T>(), {out < 0 ? view.size(0) : out, in});
+  view.expect_ndim(2).expect(dtype_of<Given<T>>(), {out < 0 ? view.size(0) : out, in});
   const int64_t rows = view.size(0);
   LinearSource<T> source{{view, rows, in}, vector<Stored<T>>(parts[1], name, rows)};
   if constexpr (std::is_same_v<T, std::int8_t>) {
@@ -143,13 +143,16 @@ struct Frozen {
 
 class Either {
  public:
-  explicit Either(const py::dict& weights) {
+  Either(const py::dict& weights, bool high) {
     const py::list layers = weights["layers"];
     if (layers.empty()) throw py::value_error("there is no layer");
     const auto first = py::cast<py::dict>(layers[0]);
     const auto parts = py::cast<py::tuple>(first["qkv"]);
     const View qkv(parts[0], "qkv");
-    if (qkv.is(Dtype::int8))
+    if (high && !has_split()) throw py::value_error("precision high needs AMX");
+    if (high)
+      frozen_ = std::make_unique<Frozen<split>>(read<split>(weights));
+    else if (qkv.is(Dtype::int8))
       frozen_ = std::make_unique<Frozen<std::int8_t>>(read<std::int8_t>(weights));
     else if (qkv.expect_float().is(Dtype::float32))
       frozen_ = std::make_unique<Frozen<float>>(read<float>(weights));
@@ -166,7 +169,8 @@ class Either {
   }
 
  private:
-  std::variant<std::unique_ptr<Frozen<float>>, std::unique_ptr<Frozen<bf16>>, std::unique_ptr<Frozen<std::int8_t>>>
+  std::variant<std::unique_ptr<Frozen<float>>, std::unique_ptr<Frozen<bf16>>, std::unique_ptr<Frozen<std::int8_t>>,
+               std::unique_ptr<Frozen<split>>>
       frozen_;
 };
 
@@ -207,10 +211,11 @@ class Samples {
 void bind_encoder(py::module_& m) {
   py::class_<Samples>(m, "Samples").def(py::init<const py::list&>()).def("same", &Samples::same);
   py::class_<Either>(m, "Encoder")
-      .def(py::init<const py::dict&>())
+      .def(py::init<const py::dict&, bool>(), py::arg("weights"), py::arg("high") = false)
       .def("forward", &Either::forward)
       .def_property_readonly("nbytes", &Either::nbytes);
   m.def("has_fours", &has_fours);
+  m.def("has_split", &has_split);
 }
 
 }  // namespace fastbert

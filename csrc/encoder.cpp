@@ -159,7 +159,7 @@ Norm Encoder<T>::copy(const NormSource<Stored<T>>& source, std::int64_t size) {
 template <class T>
 Linear<T> Encoder<T>::pack(const LinearSource<T>& source, const std::vector<std::int64_t>& rows) {
   const std::int64_t in = source.weight.columns, out = static_cast<std::int64_t>(rows.size());
-  std::vector<const T*> pointers(out, nullptr);
+  std::vector<const Given<T>*> pointers(out, nullptr);
   for (std::int64_t i = 0; i < out; ++i)
     if (rows[i] >= 0) pointers[i] = source.weight.data + rows[i] * in;
   const float* scales = source.scales ? copy(source.scales, rows) : nullptr;
@@ -239,5 +239,6 @@ void Encoder<T>::forward(const Tokens& tokens, std::int64_t max_seqlen, Stored<T
 template class Encoder<float>;
 template class Encoder<bf16>;
 template class Encoder<std::int8_t>;
+template class Encoder<split>;
 
 }  // namespace fastbert

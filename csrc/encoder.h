@@ -7,17 +7,31 @@
 
 namespace fastbert {
 
-// What the tables of embeddings and the hidden states of an encoder with weights of type T are stored as.
+// A float as two bf16, the nearest one and what is left, off by 2^-17 of it. Neighbours' highs and lows lie apart.
+struct split {
+  std::uint16_t halves[2];
+};
+
+// What an encoder with weights of type T stores its tables of embeddings and hidden states as, and packs weights from.
 template <class T>
 struct Storage {
   using type = T;
+  using given = T;
 };
 template <>
 struct Storage<std::int8_t> {
   using type = float;
+  using given = std::int8_t;
+};
+template <>
+struct Storage<split> {
+  using type = float;
+  using given = float;
 };
 template <class T>
 using Stored = typename Storage<T>::type;
+template <class T>
+using Given = typename Storage<T>::given;
 
 enum class Activation { gelu, gelu_tanh, relu, silu, identity };
 
@@ -79,14 +93,14 @@ struct Team {
   int worker, workers;
 };
 
-// The encoder's kernels of one instruction set, for weights of type T: float, bf16 or int8_t.
+// The encoder's kernels of one instruction set, for weights of type T: float, bf16, int8_t or, where it has tiles, split.
 template <class T>
 struct EncoderKernels {
   // Fills the panels of a linear, panels_nbytes bytes: `rows` are those of the matrix (out, in), null for a row of
   // zeros. 8-bit weights have a scale a row, other weights a null pointer.
   std::int64_t panel_columns;
   std::int64_t (*panels_nbytes)(std::int64_t out, std::int64_t in);
-  void (*pack_linear)(const T* const* rows, const float* scales, const Linear<T>& linear);
+  void (*pack_linear)(const Given<T>* const* rows, const float* scales, const Linear<T>& linear);
 
   // Hidden states of `tokens` to their rows of out (T, D). Each worker of a team calls it, with one memory of
   // encoder_bytes bytes, aligned to 64, for a pass over `rows` tokens at most, and with encoder_stages stages.
@@ -97,10 +111,12 @@ struct EncoderKernels {
                       char* memory, Team team);
 };
 
-// isa.cpp: those of the instruction set in use, and whether it multiplies 8-bit activations faster than 16-bit ones.
+// isa.cpp: those of the instruction set in use; whether it multiplies 8-bit activations faster than 16-bit ones, and
+// whether it has split weights.
 template <class T>
 const EncoderKernels<T>& encoder_kernels();
 bool has_fours();
+bool has_split();
 
 // encoder.cpp: to be called again and again by a worker with nothing to do.
 void relax(int turn);

@@ -35,7 +35,7 @@ struct Matrix {
 // 8-bit weights have a scale a row, and say whether their activations have 8 bits too; see Linear.
 template <class T>
 struct LinearSource {
-  Matrix<T> weight;
+  Matrix<Given<T>> weight;
   const Stored<T>* bias = nullptr;
   const float* scales = nullptr;
   bool fours = false;

@@ -21,10 +21,12 @@ namespace fastbert {
   template <class T>                                           \
   EncoderKernels<T> encoder_table();                           \
   bool offers_fours();                                         \
+  Peaks peak_table();                                          \
   bool tiles_agree();                                          \
   extern template EncoderKernels<float> encoder_table();       \
   extern template EncoderKernels<bf16> encoder_table();        \
   extern template EncoderKernels<std::int8_t> encoder_table(); \
+  extern template EncoderKernels<split> encoder_table();       \
   }
 #define FASTBERT_DECLARE(isa)             \
   FASTBERT_DECLARE_ENCODER(isa)           \
@@ -55,7 +57,9 @@ struct Current {
   EncoderKernels<float> encoder_float;
   EncoderKernels<bf16> encoder_bf16;
   EncoderKernels<std::int8_t> encoder_int8;
+  EncoderKernels<split> encoder_split;
   bool fours;
+  Peaks peaks;
 };
 
 struct Isa {
@@ -72,7 +76,9 @@ struct Isa {
                    isa::encoder_table<float>(),                                 \
                    isa::encoder_table<bf16>(),                                  \
                    isa::encoder_table<std::int8_t>(),                           \
-                   isa::offers_fours()};                                        \
+                   isa::encoder_table<split>(),                                 \
+                   isa::offers_fours(),                                         \
+                   isa::peak_table()};                                          \
   }
 #define FASTBERT_LOAD(isa) FASTBERT_LOAD_ENCODER(isa, isa)
 
@@ -186,7 +192,16 @@ const EncoderKernels<std::int8_t>& encoder_kernels() {
   return current().encoder_int8;
 }
 
+template <>
+const EncoderKernels<split>& encoder_kernels() {
+  return current().encoder_split;
+}
+
 bool has_fours() { return current().fours; }
+
+bool has_split() { return current().encoder_split.encoder_fwd != nullptr; }
+
+const Peaks& peaks() { return current().peaks; }
 
 const char* isa() { return current().name; }
 

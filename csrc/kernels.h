@@ -84,10 +84,19 @@ struct Kernels {
                             const float* bias, T* y, std::int64_t rows, std::int64_t N);
 };
 
+// Rounds of the densest arithmetic of an instruction set on every OpenMP thread, by storage type: what they return is
+// the operations done, a product and its sum being two. Over the time taken it is the roof.
+struct Peaks {
+  double (*of_float)(std::int64_t rounds);
+  double (*of_bf16)(std::int64_t rounds);
+  double (*of_int8)(std::int64_t rounds);
+};
+
 // isa.cpp: the kernels of the instruction set in use; the encoder's are in encoder.h. Names: portable, avx2, avxvnni,
 // avx512, avx512vnni, avx512bf16, amx.
 template <class T>
 const Kernels<T>& kernels();
+const Peaks& peaks();
 const char* isa();
 std::vector<const char*> supported_isas();
 void set_isa(const char* name);  // throws std::invalid_argument: unknown here, or not offered by this CPU

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastbert.embedder import Embedder
-    from fastbert.engine import use_engine
+    from fastbert.engine import release_weights, use_engine
     from fastbert.models import *  # noqa: F403
     from fastbert.ops import use_backend
     from fastbert.packing import PackedBatch, pack, pack_padded
@@ -31,6 +31,7 @@ _HOMES = {
     "pack": "packing",
     "pack_padded": "packing",
     "pretrain": "train.pretrain",
+    "release_weights": "engine",
     "restore": "swap",
     "use_backend": "ops",
     "use_engine": "engine",
@@ -46,6 +47,7 @@ __all__ = [
     "pack",
     "pack_padded",
     "pretrain",
+    "release_weights",
     "restore",
     "use_backend",
     "use_engine",

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fastbert import machine, native
+from fastbert.engine.dtypes import auto_on_cpu
 from fastbert.models import BertConfig, BertModel
 from fastbert.ops import OPS, dispatch
 from fastbert.packing import pack
@@ -169,7 +170,8 @@ def _engines() -> dict[str, str]:
     with torch.no_grad():
         plans = {_short(d): _tiny().to(d).execution_plan() for d in (torch.float32, torch.bfloat16)}
     # What follows the threads is of this tiny model alone.
-    return {d: plan if plan.startswith("ops") else ", ".join(plan.split(", ")[:3]) for d, plan in plans.items()}
+    engines = {d: plan if plan.startswith("ops") else ", ".join(plan.split(", ")[:3]) for d, plan in plans.items()}
+    return engines | {"auto": "{}: {}".format(*auto_on_cpu())}
 
 
 def _median_seconds(function: Callable[[], object], budget_s: float = 0.6) -> float:
@@ -207,7 +209,9 @@ def _measure(say: Callable[[str], object]) -> dict[str, dict[str, float]]:
         gemm = _median_seconds(partial(torch.mm, a, a), 0.4)
         model.to(dtype)
         seconds = _median_seconds(lambda: model.forward_packed(batch))
+        peak = native.peak_flop_s(dtype) if native.available() else 0.0
         measured[_short(dtype)] = {
+            "peak_gflop_s": max(peak, 2 * 1024**3 / gemm) / 1e9,
             "gemm_gflop_s": 2 * 1024**3 / gemm / 1e9,
             "encoder_gflop_s": flop / seconds / 1e9,
             "tokens_s": sum(lengths) / seconds,

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from fastbert.engine import release_weights
+from fastbert.engine.dtypes import resolve_dtype
 from fastbert.hub import resolve
 from fastbert.models.auto import AutoModel
 from fastbert.models.encoder import EncoderModel
@@ -27,7 +29,6 @@ from fastbert.vectors import Collector, Vectors, quantize_vectors, similarity, s
 from fastbert.weights import read_json
 from fastbert.windows import encode_windows
 
-DTYPES = ("auto", "float32", "bfloat16", "float16", "int8", "float8")
 # Tokens a batch. MiniLM fp32 on one Zen 5 thread, real sentences: 4.2 k tokens/s at 2048, 4.0 at 512, 3.8 at 8192.
 TOKENS_PER_THREAD, TOKENS_PER_GPU = 2048, 65536
 
@@ -93,11 +94,12 @@ class Embedder:
     def from_pretrained(
         cls,
         name: str | os.PathLike[str],
-        dtype: str = "auto",
+        dtype: str | None = None,
         device: torch.device | str | None = None,
         num_threads: int | None = None,
         max_seq_length: int | None = None,
         *,
+        keep_weights: bool = True,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         token: str | bool | None = None,
@@ -109,10 +111,13 @@ class Embedder:
             name: a folder or a hub id; see `fastbert.hub.resolve` for where it is looked for.
             dtype: `float32`; `bfloat16`; `float16` (GPU only); `int8` (CPU only, opt-in: cosine to fp32 about 0.998);
                 `float8` (GPU of capability 8.9 or newer, opt-in);
-                `auto` is bfloat16 on a GPU that has it, float16 on one that has not, float32 on a CPU.
+                `auto`, the fastest that is as good: bfloat16 on a GPU or CPU that multiplies it faster, else float16
+                on a GPU, float32 on a CPU. None = float32 on a CPU, `auto` on a GPU.
             device: None = a GPU where there is one.
             num_threads: threads of a CPU forward pass; this is torch's setting and counts for the whole process.
             max_seq_length: tokens a text; None = as the model's files say.
+            keep_weights: False lets the weights go once the CPU engine has packed them (about half of the memory): the
+                model can then encode, and no more; see `fastbert.release_weights`.
             revision, cache_dir, token, local_files_only: as in `huggingface_hub.snapshot_download`.
 
         Raises:
@@ -133,6 +138,8 @@ class Embedder:
         length = declared if max_seq_length is None else max_seq_length
         tokenizer = Tokenizer.from_folder(folder.transformer, limit, length, folder.do_lower_case)
         quantize(model, dtype)
+        if not keep_weights:
+            release_weights(model)
         return cls(model, tokenizer, folder)
 
     @property
@@ -390,19 +397,3 @@ class Embedder:
 def position_limit(model: EncoderModel) -> int:
     """Tokens that the model has positions for."""
     return model.config.max_position_embeddings - model.position_offset
-
-
-def resolve_dtype(name: str, device: torch.device) -> str:
-    """The dtype that a name of `DTYPES` means on a device; ValueError where the device has not got it."""
-    if name not in DTYPES:
-        raise ValueError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")
-    cuda = device.type == "cuda"
-    if name == "auto":
-        return "float32" if not cuda else "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
-    if name == "float16" and not cuda:
-        raise ValueError("dtype 'float16' is for GPUs: use 'float32' or 'bfloat16' on a CPU")
-    if name == "int8" and cuda:
-        raise ValueError("dtype 'int8' is for CPUs: use 'bfloat16' on a GPU")
-    if name == "float8" and not (cuda and torch.cuda.get_device_capability(device) >= (8, 9)):
-        raise ValueError("dtype 'float8' is for GPUs of compute capability 8.9 or newer: use 'bfloat16'")
-    return name

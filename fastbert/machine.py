@@ -27,6 +27,7 @@ _FEATURES = (
 class Cpu:
     """Attributes:
     model: the processor's name.
+    vendor: who made it, as it says itself: AuthenticAMD, GenuineIntel; empty where it does not say.
     features: instruction sets that matter here.
     online: cores of the machine.
     affinity: cores that this process may run on.
@@ -34,6 +35,7 @@ class Cpu:
     """
 
     model: str
+    vendor: str
     features: tuple[str, ...]
     online: int
     affinity: int
@@ -50,12 +52,14 @@ def cpu() -> Cpu:
     """The processors as this process sees them now."""
     text = _read(Path("/proc/cpuinfo"))
     model = re.search(r"^model name\s*:\s*(.*)$", text, re.M)
+    vendor = re.search(r"^vendor_id\s*:\s*(.*)$", text, re.M)
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", text, re.M)
     found = set(flags[1].split()) if flags else set()
     online = os.cpu_count() or 1
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else online
     name = model[1] if model else platform.processor() or platform.machine()
-    return Cpu(name, tuple(f for f in _FEATURES if f in found), online, affinity, cpu_quota())
+    features = tuple(f for f in _FEATURES if f in found)
+    return Cpu(name, vendor[1] if vendor else "", features, online, affinity, cpu_quota())
 
 
 def cpu_quota(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> float | None:

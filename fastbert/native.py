@@ -7,7 +7,9 @@ gradients come back in their own dtype. Integer products are torch's.
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
+import time
 from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
@@ -71,6 +73,27 @@ def isa() -> str:
 def supports(op: str, device_type: str, dtype: torch.dtype) -> bool:
     """Whether this backend computes `op` on that device and dtype."""
     return device_type == "cpu" and dtype in _DTYPES.get(op, ()) and available()
+
+
+def peak_flop_s(dtype: torch.dtype, seconds: float = 0.02, windows: int = 15) -> float:
+    """The most FLOP/s (a product and its sum are two) that this CPU's arithmetic of a dtype does on torch's threads.
+
+    Measured, from registers alone, as the best of some windows: no kernel of the instruction set in use is faster.
+
+    Args:
+        dtype: float32, bfloat16 or int8.
+        seconds: of one window, once it is known how much fits into it.
+        windows: how many.
+    """
+    name = str(dtype).removeprefix("torch.")
+    run = require().peak_operations
+    rounds, best = 1_000_000, 0.0
+    for _ in range(windows):
+        start = time.perf_counter()
+        operations = run(name, rounds)
+        best = max(best, operations / (time.perf_counter() - start))
+        rounds = max(rounds, math.ceil(rounds * seconds * best / operations))
+    return best
 
 
 def _rows(x: Tensor) -> Tensor:

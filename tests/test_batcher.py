@@ -575,6 +575,24 @@ def test_cache_answers_exact_repeats():
     asyncio.run(main())
 
 
+def test_draining_waits_for_a_pass_that_nobody_waits_for():
+    """A thread that returns from native code when the interpreter is gone aborts the process."""
+
+    async def main():
+        model = Model()
+        batcher = Batcher(model)
+        model.gate.clear()
+        (task,) = await started(batcher.submit(Work([[1, 2]])))
+        await model.inside()
+        task.cancel()
+        await settled([task])
+        asyncio.get_running_loop().call_later(0.2, model.gate.set)
+        assert await batcher.drain(30)
+        assert model.batches == [[[1, 2]]]
+
+    asyncio.run(main())
+
+
 def test_cache_tells_apart_what_differs():
     cached, other = CachedBatcher(Counting(), b"a", Cache(1)), CachedBatcher(Counting(), b"b", Cache(1))
     work = Work([[1, 2, 3, 4]])

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -14,7 +17,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as suite
-from benchmarks import compare, encoder, harness, ops, peers, report
+from benchmarks import compare, encoder, harness, ops, peers, providers, report, turns
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import report as gpu_report
 from benchmarks.texts import WORDS, real_texts
@@ -35,10 +38,13 @@ def test_rows_of_a_right_op(tmp_path, monkeypatch):
         assert row.gb_s >= 0
         assert row.commit
         assert row.threads == torch.get_num_threads()
+        assert row.peak_tflop_s == 0.1
     path = harness.write(rows, "here")
     harness.write(rows[:1], "here")  # the same key replaces, others stay
     with path.open() as file:
-        assert len(list(csv.DictReader(file))) == len(rows)
+        reader = csv.DictReader(file)
+        assert len(list(reader)) == len(rows)
+        assert reader.fieldnames[-6:] == ["device", "torch", "threads", "load", "commit", "date"]
 
 
 def test_a_wrong_op_prints_no_number(monkeypatch):
@@ -58,7 +64,7 @@ def test_traffic_is_counted():
 def test_variants_take_turns():
     calls = []
     times = harness.interleave({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=2, warmup=1)
-    assert calls == ["a", "b"] * 3
+    assert "".join(calls) == "ab" + "ab" + "ba"
     assert [len(t) for t in times.values()] == [2, 2]
 
 
@@ -116,27 +122,143 @@ def test_pooling_ignores_padding():
 
 
 @pytest.mark.parametrize("name", ["transformers", "ctranslate2", "onnxruntime", "openvino", "openvino-tuned"])
-def test_a_peer_computes_what_we_compute(minilm, name):
+def test_a_peer_computes_what_we_compute(minilm, name, tmp_path):
     reason = peers.reason_against(peers.PEERS[name])
     if reason:
         pytest.skip(f"{name}: {reason}")
     texts = real_texts(WORDS["query"], 20) + real_texts(WORDS["sentence"], 3)
     exact = Embedder.from_pretrained(minilm, "float32", device="cpu").encode(texts, normalize_embeddings=True)
-    encode = peers.make(name, minilm)
+    encode = peers.make(name, minilm, tmp_path)
     assert encoder.worst_cosine(encode(texts), exact) >= encoder.GATE
     assert encoder.worst_cosine(encode([f"not {text}" for text in texts]), exact) < encoder.GATE, "the gate must fail"
 
 
-def test_what_is_missing_is_named_with_the_line_that_installs_it(monkeypatch, capsys):
+def test_what_is_missing_is_named_with_the_line_that_installs_it(monkeypatch, capsys, tmp_path):
     absent = replace(peers.PEERS["transformers"], needs=("transformers", "no_such_engine"))
     assert peers.reason_against(absent) == "missing: pip install no_such_engine"
     monkeypatch.setitem(peers.PEERS, "transformers", absent)
-    assert dict(encoder.providers("unused", ["transformers"])) == {}
+    with ExitStack() as stack:
+        assert encoder.started(["transformers"], tmp_path, tmp_path, stack) == []
     assert capsys.readouterr().out == "transformers: missing: pip install no_such_engine\n"
     monkeypatch.setattr(peers, "has_bfloat16", lambda: False)
     assert peers.reason_against(peers.PEERS["transformers-bf16"]) == peers.NO_BFLOAT16
+    assert "pip install llama-cpp-python" in providers.reason_against("llama-cpp")
     with pytest.raises(SystemExit, match="no provider 'onnxruntim'; there are fastbert, "):
-        dict(encoder.providers("unused", ["onnxruntim"]))
+        providers.reason_against("onnxruntim")
+
+
+# Turns: whoever has none is stopped, and nobody outlives the run.
+
+
+def slow_lengths(ms: float):
+    """A provider for tests: the vector of a text is its length."""
+    if ms < 0:
+        raise ValueError("there is no such time")
+
+    def encode(texts):
+        if texts == ["fail"]:
+            raise KeyError("fail")
+        time.sleep(ms / 1e3)
+        return np.array([[len(text)] for text in texts], np.float32)
+
+    return encode
+
+
+def state(pid: int) -> str:
+    """R running, S asleep, T stopped, Z dead; nothing where there is no such process."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def wait_for(condition, seconds: float = 60.0) -> bool:
+    """Whether it comes true in time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+@linux
+def test_who_has_no_turn_is_stopped(monkeypatch):
+    monkeypatch.setattr(turns, "ROUNDS", (3, 4))
+    with turns.Provider("quick", slow_lengths, 1.0) as quick, turns.Provider("slow", slow_lengths, 20.0) as slow:
+        pids = [quick.process.pid, slow.process.pid]
+        assert wait_for(lambda: [state(pid) for pid in pids] == ["T", "T"])
+        assert quick.encode(["abc", "d"]).tolist() == [[3], [1]]
+        assert wait_for(lambda: state(pids[0]) == "T")
+        times = turns.take_turns([quick, slow], ["abc"], seconds=0.0)
+        assert [len(ms) for ms in times.values()] == [3, 3]
+        assert min(times["slow"]) >= 20 > min(times["quick"]) >= 1
+        with pytest.raises(turns.Failed, match="KeyError: 'fail'"):
+            quick.encode(["fail"])
+        assert quick.encode(["ab"]).tolist() == [[2]], "one failure is not the end"
+    assert [state(pid) for pid in pids] == ["", ""]
+    with pytest.raises(turns.Failed, match="ValueError: there is no such time"):
+        turns.Provider("broken", slow_lengths, -1.0)
+
+
+HOLDS_A_PROVIDER = """
+import time
+from benchmarks.turns import Provider
+from tests.test_benchmarks import slow_lengths
+
+if __name__ == "__main__":
+    with Provider("held", slow_lengths, 1.0) as held:
+        print(held.process.pid, flush=True)
+        time.sleep(600)
+"""
+
+
+@linux
+@pytest.mark.parametrize("how", ["ended", "killed"])
+def test_stopped_providers_do_not_outlive_the_run(tmp_path, how):
+    script = tmp_path / "holds.py"
+    script.write_text(HOLDS_A_PROVIDER)
+    root = str(suite.SOURCE)
+    process = subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, start_new_session=True,
+        env={**os.environ, "PYTHONPATH": root},
+    )  # fmt: skip
+    held = int(process.stdout.readline())
+    assert wait_for(lambda: state(held) == "T")
+    if how == "ended":
+        suite.end(process)
+    else:
+        process.kill()
+    assert process.wait(60) < 0
+    assert wait_for(lambda: state(held) in ("", "Z"))
+
+
+@linux
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_bench_leaves_nothing_behind(tmp_path, number):
+    mark = f"FASTBERT_BENCH_OUT={tmp_path}".encode()
+
+    def marked():
+        found = []
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                with open(f"/proc/{pid}/environ", "rb") as file:
+                    found += [pid] if mark in file.read().split(b"\0") else []
+            except OSError:
+                continue  # gone, or not ours
+        return found
+
+    command = [sys.executable, "-m", "fastbert", "bench", "ops", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert wait_for(marked), "the suite has begun"
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode not in (0, 1)
+    assert wait_for(lambda: not marked())
 
 
 # The GPU's benchmark, on the CPU: its first minute on a GPU must measure.
@@ -203,9 +325,9 @@ def rows_of(slower: float = 1.0, noise: float = 0.02) -> list[harness.Row]:
         p50, p20, p80 = harness.percentiles(times)
         rows.append(
             harness.Row(
-                "encode", "query-64x900", name, "throughput", encoder.dtype_of(name), p50, p20, p80, 1.0, 0.1, 50.0,
-                "cpu", "2", "avx2", 2, 0.1, "abc", "2026-11-27", harness.times_base(minute * 30, times),
-                copy_gb_s=20.0, gemm_tflop_s=0.3, samples=harness.joined(times),
+                "encode", "query-64x900", name, "throughput", providers.dtype_of(name), p50, p20, p80, 1.0, 0.1, 50.0,
+                harness.times_base(minute * 30, times), copy_gb_s=20.0, peak_tflop_s=0.3,
+                samples=harness.joined(times), device="cpu", isa="avx2", load=0.1, commit="abc",
             )
         )  # fmt: skip
     return rows
@@ -283,12 +405,12 @@ def test_a_short_model_is_given_room(minilm):
 
 
 def test_peers_by_family():
-    names = encoder.chosen("openvino,ctranslate2-int8")
-    assert names[:4] == [*encoder.OWN, encoder.BASE]
+    names = providers.chosen("openvino,ctranslate2-int8")
+    assert names[:4] == [*providers.OWN, providers.BASE]
     assert {"openvino", "openvino-int8", "openvino-tuned-bf16", "ctranslate2-int8"} <= set(names)
     assert "ctranslate2" not in names
     with pytest.raises(SystemExit, match="no peer 'openvin'"):
-        encoder.chosen("openvin")
+        providers.chosen("openvin")
 
 
 def test_command(tmp_path):

@@ -13,8 +13,8 @@ import torch
 
 import fastbert
 from fastbert import kernels, native, use_backend, vectors
-from fastbert.embedder import resolve_dtype
 from fastbert.engine import choice, cuda, cuda_layers, use_engine
+from fastbert.engine.dtypes import resolve_dtype
 from fastbert.models.encoder import EncoderModel
 from fastbert.models.quantize import Float8Linear, loaded_dtype, quantize_float8, quantize_int8
 from fastbert.packing import PackedBatch, pack

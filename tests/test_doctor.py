@@ -49,7 +49,7 @@ def test_quota_of_version_1(tmp_path):
     ("affinity", "quota", "usable"), [(8, None, 8), (3, None, 3), (8, 1.5, 2), (8, 0.2, 1), (2, 6.0, 2)]
 )
 def test_usable_cores(affinity, quota, usable):
-    assert machine.Cpu("x", (), 8, affinity, quota).usable == usable
+    assert machine.Cpu("x", "", (), 8, affinity, quota).usable == usable
 
 
 def test_openmp_runtimes(tmp_path):
@@ -128,6 +128,7 @@ def test_measured_numbers_are_of_one_run():
         row = report.measured[dtype]
         flop_a_token = row["encoder_gflop_s"] * 1e9 / row["tokens_s"]
         assert 2 * 6 * 12 * 384**2 < flop_a_token < 1.2 * 2 * 6 * 12 * 384**2
+        assert row["peak_gflop_s"] >= row["gemm_gflop_s"]
     assert report.measured["copy"]["gb_s"] > 0
 
 

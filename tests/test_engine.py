@@ -583,6 +583,15 @@ def test_dtypes_come_and_go():
     assert_engine_within_budget(model, batch_of(model))
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_is_packed_once(name):
+    model = build(name)
+    engine_run(model, batch_of(model))
+    engine = choice._compiled[model]
+    engine_run(model, batch_of(model))
+    assert choice._compiled[model] is engine
+
+
 def test_tied_weights_are_seen():
     torch.manual_seed(0)
     masked = fastbert.BertForMaskedLM(fastbert.BertConfig(**SMALL)).eval()

@@ -33,19 +33,21 @@ def test_semantic_search(tmp_path):
 
 
 def test_classifier(tmp_path):
-    out = run("classifier.py", "--out", tmp_path / "m", "--examples", 80, "--epochs", 2)
+    out = run("classifier.py", "--out", tmp_path / "m", "--examples", 40, "--epochs", 2)
     assert float(re.search(r"held-out texts: ([\d.]+)", out)[1]) > 0.6
     assert len(re.findall(r"^ *(?:python|torch): ", out, re.MULTILINE)) == 2
 
 
 def test_ner(tmp_path):
-    out = run("ner.py", "--out", tmp_path / "m", "--examples", 100, "--epochs", 2)
+    out = run("ner.py", "--out", tmp_path / "m", "--examples", 60, "--epochs", 2)
     assert re.search(r"eval_f1: [\d.]+", out), out
     assert (tmp_path / "m" / "model.safetensors").exists()
 
 
 def test_pretraining(tmp_path):
-    out = run("pretrain_from_scratch.py", "--out", tmp_path / "m", "--steps", 30, "--batch-tokens", 2048)
+    out = run(
+        "pretrain_from_scratch.py", "--out", tmp_path / "m", "--steps", 30, "--batch-tokens", 1024, "--vocab-size", 1000
+    )
     first, last = map(float, re.search(r"loss ([\d.]+) -> ([\d.]+)", out).groups())
     assert last < first - 0.2
 

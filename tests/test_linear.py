@@ -239,7 +239,7 @@ def test_errors_name_both_sides():
 
 
 def test_epilogues_wait_for_a_measurement():
-    """`configs.EPILOGUES` is filled by what `benchmarks/gpu.py` measures."""
+    """`configs.EPILOGUES` is filled by what `python -m benchmarks.gpu` measures."""
     if kernels.available():
         from fastbert.kernels import configs
 

@@ -217,6 +217,25 @@ def test_an_unknown_instruction_set_is_an_error():
     assert all(name in done.stderr for name in C.supported_isas())
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_the_roof_counts_what_it_does(isa, dtype):
+    """Two operations a product, of whole vectors, on every thread: narrower numbers never do fewer."""
+    operations = C.peak_operations(dtype, 10)
+    assert C.peak_operations(dtype, 30) == 3 * operations > 0
+    assert operations >= C.peak_operations("float32", 10)
+    lanes = {"portable": 4, "avx2": 8, "avxvnni": 8}.get(C.isa(), 16)
+    if dtype == "float32":
+        assert operations == 10 * 12 * 2 * lanes * torch.get_num_threads()
+    assert native.peak_flop_s(getattr(torch, dtype), seconds=1e-4, windows=2) > 0
+
+
+def test_the_roof_of_what_no_unit_multiplies_is_refused():
+    with pytest.raises(ValueError, match="expected float32, bfloat16 or int8 and rounds >= 1, got float16 and 5"):
+        C.peak_operations("float16", 5)
+    with pytest.raises(ValueError, match="got int8 and 0"):
+        C.peak_operations("int8", 0)
+
+
 def test_the_best_instruction_set_is_the_default():
     done = _python("import fastbert.native as n; print(n.isa())", FASTBERT_ISA="")
     assert done.stdout.strip() == C.supported_isas()[-1]

@@ -127,8 +127,8 @@ class Report:
             row = harness.Row(
                 op, case, backend, mode, str(self.at.dtype)[6:], *(round(v, 5) for v in (p50, p20, p80)),
                 round(nbytes / p50 / 1e6, 2), round(flop / p50 / 1e9, 4),
-                round(100 * self.roofs.bound_ms(nbytes, flop) / p50, 1), harness.device_name(self.at.device),
-                torch.__version__, BACKEND, torch.get_num_threads(), harness.load(), harness.commit(), harness.today(),
+                round(100 * self.roofs.bound_ms(nbytes, flop) / p50, 1),
+                device=harness.device_name(self.at.device), isa=BACKEND,
             )  # fmt: skip
             self.keep(row)
 

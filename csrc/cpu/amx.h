@@ -100,6 +100,18 @@ class Tiles {
   TileConfig before_;
 };
 
+// Tiles 0 to 3 are the quarters of 32 rows and 32 columns of sums.
+#define ZERO_SUMS() \
+  TILE_ZERO(0);     \
+  TILE_ZERO(1);     \
+  TILE_ZERO(2);     \
+  TILE_ZERO(3)
+#define STORE_SUMS(p)                                                                \
+  TILE_STORE(0, static_cast<char*>(p), 2 * kTileBytes);                              \
+  TILE_STORE(1, static_cast<char*>(p) + kTileBytes, 2 * kTileBytes);                 \
+  TILE_STORE(2, static_cast<char*>(p) + 2 * kTileHeight * kTileBytes, 2 * kTileBytes); \
+  TILE_STORE(3, static_cast<char*>(p) + (2 * kTileHeight + 1) * kTileBytes, 2 * kTileBytes)
+
 // sums (32, 32) = A B: `steps` times 64 bytes of A's rows, `lda` bytes apart, and 16 rows of the panel, 128 bytes each.
 // Rows of A are read in blocks of 16, whole ones; NV is 1 where only the left half of the columns is wanted.
 template <int NV, bool kBytes>
@@ -111,10 +123,7 @@ INLINE void amx_products(int64_t rows, int64_t steps, const char* a, int64_t lda
     TILE_DOT_BYTES(c, x, y);   \
   else                         \
     TILE_DOT_BF16(c, x, y)
-  TILE_ZERO(0);
-  TILE_ZERO(1);
-  TILE_ZERO(2);
-  TILE_ZERO(3);
+  ZERO_SUMS();
   for (int64_t i = 0; i < steps; ++i, a += kTileBytes, b += kTileHeight * kRow) {
     TILE_LOAD(4, a, lda);
     TILE_LOAD(6, b, kRow);
@@ -132,12 +141,46 @@ INLINE void amx_products(int64_t rows, int64_t steps, const char* a, int64_t lda
     }
   }
 #undef TILE_DOT
-  char* to = static_cast<char*>(sums);
-  TILE_STORE(0, to, kRow);
-  TILE_STORE(1, to + kTileBytes, kRow);
-  TILE_STORE(2, to + kTileHeight * kRow, kRow);
-  TILE_STORE(3, to + kTileHeight * kRow + kTileBytes, kRow);
+  STORE_SUMS(sums);
 }
+
+// The same of split operands with 32 columns: at each step the highs of 32 inputs, then their lows. What two lows would
+// add is no more than what rounding to lows has lost.
+INLINE void amx_split_products(int64_t rows, int64_t steps, const char* a, int64_t lda, const char* b, void* sums) {
+  constexpr int64_t kRow = 2 * kTileBytes, kHalf = kTileHeight * kRow;
+  const bool high = rows > kTileHeight;
+#define LOAD_A(p)                              \
+  TILE_LOAD(4, p, lda);                        \
+  if (high) {                                  \
+    TILE_LOAD(5, (p) + kTileHeight * lda, lda); \
+  }
+#define LOAD_B(p)        \
+  TILE_LOAD(6, p, kRow); \
+  TILE_LOAD(7, (p) + kTileBytes, kRow)
+#define MULTIPLY()          \
+  TILE_DOT_BF16(0, 4, 6);   \
+  TILE_DOT_BF16(1, 4, 7);   \
+  if (high) {               \
+    TILE_DOT_BF16(2, 5, 6); \
+    TILE_DOT_BF16(3, 5, 7); \
+  }
+  ZERO_SUMS();
+  for (int64_t i = 0; i < steps; ++i, a += 2 * kTileBytes, b += 2 * kHalf) {
+    LOAD_B(b);
+    LOAD_A(a + kTileBytes);
+    MULTIPLY();  // a's lows, b's highs
+    LOAD_A(a);
+    MULTIPLY();  // highs
+    LOAD_B(b + kHalf);
+    MULTIPLY();  // a's highs, b's lows
+  }
+#undef MULTIPLY
+#undef LOAD_B
+#undef LOAD_A
+  STORE_SUMS(sums);
+}
+#undef ZERO_SUMS
+#undef STORE_SUMS
 
 }  // namespace
 }  // namespace fastbert::FASTBERT_ISA

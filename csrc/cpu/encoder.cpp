@@ -5,12 +5,20 @@
 
 #include "cpu/attend_pairs.h"
 #include "cpu/gelu.h"
-#include "cpu/gemm_int8.h"
 #include "cpu/layer_norm.h"
+#include "cpu/linear.h"
 #include "cpu/table.h"
 
 namespace fastbert::FASTBERT_ISA {
 namespace {
+
+// Whether this instruction set has weights of type T.
+template <class T>
+constexpr bool kOffered = true;
+#if !defined(FASTBERT_AMX)
+template <>
+constexpr bool kOffered<split> = false;  // three products of bf16 would be no faster than one of fp32
+#endif
 
 // Rows that go through the feed-forward network together: what they need stays in L2 while the weights stream by.
 constexpr int64_t kBlock = 256;
@@ -25,151 +33,21 @@ struct Identity {
   static INLINE vf value(vf z) { return z; }
 };
 
-template <class T>
-constexpr bool kIntegers = false;
-template <>
-constexpr bool kIntegers<int8_t> = true;
-
-constexpr int64_t num_blocks(int64_t in) { return (in + kDepth - 1) / kDepth; }
-
-// Inputs of depth block d.
-INLINE int64_t depth_of(int64_t in, int64_t d) { return in - d * kDepth < kDepth ? in - d * kDepth : kDepth; }
-
-// Bytes from row to row: whole cache lines, an odd number of them, so that equal columns share no set of L1.
-constexpr int64_t stride_nbytes(int64_t nbytes) { return (round_up(nbytes, 64) / 64 | 1) * 64; }
-
-// The same in elements.
-template <class T>
-constexpr int64_t stride(int64_t columns) {
-  return stride_nbytes(round_up(columns, kColumns) * sizeof(T)) / sizeof(T);
-}
-
 // Whether attention may multiply bf16: not where weights are fp32.
 template <class T>
 constexpr bool kCoarse = true;
 template <>
 constexpr bool kCoarse<float> = false;
-
-template <class T>
-constexpr int64_t panel_nbytes(int64_t depth) {
-  return kIntegers<T> ? int_panel_nbytes(depth) : round_up(depth, kDepthStep<T>) * kColumns * static_cast<int64_t>(sizeof(T));
-}
-
-// Panel p of depth block d: blocks one after the other, whole panels in each.
-template <class T>
-INLINE const T* panel_of(const Linear<T>& w, int64_t d, int64_t p) {
-  const int64_t offset = d * (w.out / kColumns) * panel_nbytes<T>(kDepth) + p * panel_nbytes<T>(depth_of(w.in, d));
-  return reinterpret_cast<const T*>(reinterpret_cast<const char*>(w.panels) + offset);
-}
-
-template <class T>
-int64_t panels_nbytes(int64_t out, int64_t in) {
-  const int64_t last = num_blocks(in) - 1;
-  return out / kColumns * (last * panel_nbytes<T>(kDepth) + panel_nbytes<T>(depth_of(in, last)));
-}
-
-template <class T>
-void pack_panel(const Linear<T>&, const T* const* rows, const float*, int64_t begin, int64_t depth, T* to) {
-  memset(static_cast<void*>(to), 0, panel_nbytes<T>(depth));
-  constexpr int kStep = kPairs && sizeof(T) == 2 ? 2 : 1;  // values of one column that lie side by side
-  for (int n = 0; n < kColumns; ++n)
-    for (int64_t k = 0; rows[n] && k < depth; ++k)
-      to[k / kStep * kStep * kColumns + n * kStep + k % kStep] = rows[n][begin + k];
-}
-
-void pack_panel(const Linear<int8_t>& w, const int8_t* const* rows, const float* scales, int64_t begin, int64_t depth,
-                int8_t* to) {
-  (w.fours ? pack_int_panel<Fours> : pack_int_panel<Pairs>)(rows, scales, begin, depth, to);
-}
-
-template <class T>
-void pack_linear(const T* const* rows, const float* scales, const Linear<T>& w) {
-  const int64_t count = w.out / kColumns;
-#pragma omp parallel for schedule(static)
-  for (int64_t task = 0; task < num_blocks(w.in) * count; ++task) {
-    const int64_t d = task / count, p = task % count, first = p * kColumns;
-    pack_panel(w, rows + first, scales ? scales + first : nullptr, d * kDepth, depth_of(w.in, d),
-               const_cast<T*>(panel_of(w, d, p)));
-  }
-}
-
-// Rows of activations as a matrix product reads them.
-template <class T>
-struct Rows {
-  const T* data;
-  int64_t ld;
-  INLINE Rows from(int64_t row) const { return {data + row * ld, ld}; }
-};
-
-// Integers, `ld` bytes from row to row, with a scale for each depth block.
 template <>
-struct Rows<int8_t> {
-  const char* data;
-  int64_t ld;
-  const float* scales;
-  int64_t lds;
-  INLINE Rows from(int64_t row) const { return {data + row * ld, ld, scales + row * lds, lds}; }
-};
+constexpr bool kCoarse<split> = false;
 
-// Columns of panel p for `count` rows of A, which begin at depth block `first`: C = bias or C, + A W over [first, last).
-template <class T>
-INLINE void multiply(const Linear<T>& w, int64_t p, int64_t first, int64_t last, int64_t count, Rows<T> a, float* c,
-                     int64_t ldc) {
-  for (int64_t d = first; d < last; ++d)
-    panel_tile(count, depth_of(w.in, d), a.data + (d - first) * kDepth, a.ld, panel_of(w, d, p),
-               d ? c : w.bias + p * kColumns, d ? ldc : 0, c, ldc);
-}
-
-template <class Form>
-INLINE void multiply_integers(const Linear<int8_t>& w, int64_t p, int64_t first, int64_t last, int64_t count,
-                              Rows<int8_t> a, float* c, int64_t ldc) {
-  for (int64_t d = first; d < last; ++d)
-    int_panel_tile<Form>(count, depth_of(w.in, d), a.data + (d - first) * kDepth * sizeof(typename Form::Value), a.ld,
-                         a.scales + d - first, a.lds, panel_of(w, d, p), d ? c : w.bias + p * kColumns, d ? ldc : 0, c,
-                      ldc);
-}
-
-INLINE void multiply(const Linear<int8_t>& w, int64_t p, int64_t first, int64_t last, int64_t count, Rows<int8_t> a,
-                     float* c, int64_t ldc) {
-  if (w.fours)
-    multiply_integers<Fours>(w, p, first, last, count, a, c, ldc);
-  else
-    multiply_integers<Pairs>(w, p, first, last, count, a, c, ldc);
-}
-
-// Activations as integers: what products with 8-bit weights read. `rows` rows of `width` values.
-struct Integers {
-  int64_t rows = 0, ld = 0, lds = 0;
-  char* data = nullptr;
-  float* scales = nullptr;
-
-  Integers() = default;
-  Integers(int64_t rows_, int64_t width)
-      : rows(rows_), ld(stride_nbytes(round_up(width, 4) * sizeof(int16_t))), lds(num_blocks(width)) {}
-  int64_t nbytes() const { return rows * ld + round_up(rows * lds * sizeof(float), 64); }
-  void place(char* memory) {
-    data = memory;
-    scales = reinterpret_cast<float*>(memory + rows * ld);
-  }
-
-  template <class Form>
-  INLINE void fill(int64_t row, const float* x, int64_t width) const {
-    auto* to = reinterpret_cast<typename Form::Value*>(data + row * ld);
-    for (int64_t d = 0; d < num_blocks(width); ++d)
-      scales[row * lds + d] = quantise<Form>(x + d * kDepth, depth_of(width, d), to + d * kDepth);
-  }
-  void fill(bool fours, int64_t row, const float* x, int64_t width) const {
-    fours ? fill<Fours>(row, x, width) : fill<Pairs>(row, x, width);
-  }
-};
-
-// The arrays of a pass. Shared by the team: x, context (rows, D), sums and inner for `block` rows, and with 8-bit
-// weights x or context as integers, and inner as integers. Each worker has its own qkv of one group of heads, and scratch.
+// The arrays of a pass. Shared by the team: x, context (rows, D), sums and inner for `block` rows, and where products
+// read forms of their own, that of x or context, and of inner. Each worker has its own qkv of one group of heads, and scratch.
 template <class T>
 struct Arrays {
   int64_t ldx, ldc, ldi, ldq, block, shared_bytes, worker_bytes;
   Stored<T> *x, *context, *inner;
-  Integers outer_integers, inner_integers;
+  Operands<T> outer_operands, inner_operands;
   float *sums, *qkv, *scratch;
 
   Arrays(const EncoderWeights<T>& e, int64_t rows, int64_t max_seqlen, int workers) {
@@ -185,11 +63,9 @@ struct Arrays {
     size_sums = round_up(block * ldc * sizeof(float), 64);
     size_qkv = round_up((rows * ldq + W) * sizeof(float), 64);
     shared_bytes = 2 * size_x + size_inner + size_sums;
-    if (kIntegers<T>) {
-      outer_integers = Integers(read, widest);
-      inner_integers = Integers(read_block, width);
-      shared_bytes += outer_integers.nbytes() + inner_integers.nbytes();
-    }
+    outer_operands = Operands<T>(read, widest);
+    inner_operands = Operands<T>(read_block, width);
+    shared_bytes += outer_operands.nbytes() + inner_operands.nbytes();
     const int64_t attention = (kCoarse<T> ? attend_pairs_scratch : attend_scratch)(max_seqlen, e.K);
     worker_bytes = size_qkv + round_up((attention > widest ? attention : widest) * sizeof(float) + 128, 128);
   }
@@ -199,8 +75,8 @@ struct Arrays {
     context = reinterpret_cast<Stored<T>*>(memory + size_x);
     inner = reinterpret_cast<Stored<T>*>(memory + 2 * size_x);
     sums = reinterpret_cast<float*>(memory + 2 * size_x + size_inner);
-    outer_integers.place(memory + 2 * size_x + size_inner + size_sums);
-    inner_integers.place(memory + 2 * size_x + size_inner + size_sums + outer_integers.nbytes());
+    outer_operands.place(memory + 2 * size_x + size_inner + size_sums);
+    inner_operands.place(memory + 2 * size_x + size_inner + size_sums + outer_operands.nbytes());
     char* own = memory + shared_bytes + worker * worker_bytes;
     qkv = reinterpret_cast<float*>(own);
     scratch = reinterpret_cast<float*>(own + size_qkv);
@@ -250,25 +126,25 @@ struct Worker {
     });
   }
 
-  // What a product reads of these rows: themselves, or with 8-bit weights the integers that `prepare` made of them.
-  Rows<T> operand(const S* from, int64_t ld, const Integers& integers) const {
-    if constexpr (kIntegers<T>)
-      return {integers.data, integers.ld, integers.scales, integers.lds};
+  // What a product reads of these rows: themselves, or what `prepare` made of them.
+  Rows<T> operand(const S* from, int64_t ld, const Operands<T>& operands) const {
+    if constexpr (kPrepared<T>)
+      return operands.all();
     else
       return {from, ld};
   }
-  Rows<T> operand_of_x() const { return operand(at.x, at.ldx, at.outer_integers); }
+  Rows<T> operand_of_x() const { return operand(at.x, at.ldx, at.outer_operands); }
 
   // Row `row`, as a product with w reads it.
-  INLINE void prepare(const Linear<T>& w, const Integers& integers, int64_t row, const S* from, int64_t width) const {
-    if constexpr (kIntegers<T>) integers.fill(w.fours, row, from, width);
+  INLINE void prepare(const Linear<T>& w, const Operands<T>& operands, int64_t row, const S* from, int64_t width) const {
+    if constexpr (kPrepared<T>) operands.fill(w.fours, row, from, width);
   }
 
   // The same for `count` rows from r0 on, where no stage could do it along the way.
-  void prepare_rows(const Linear<T>& w, const Integers& integers, int64_t r0, int64_t count, const S* from, int64_t ld,
-                    int64_t width) {
-    if constexpr (kIntegers<T>)
-      share_rows(count, [&](int64_t r) LAMBDA { prepare(w, integers, r0 + r, from + (r0 + r) * ld, width); });
+  void prepare_rows(const Linear<T>& w, const Operands<T>& operands, int64_t r0, int64_t count, const S* from,
+                    int64_t ld, int64_t width) {
+    if constexpr (kPrepared<T>)
+      share_rows(count, [&](int64_t r) LAMBDA { prepare(w, operands, r0 + r, from + (r0 + r) * ld, width); });
   }
 
   // to = LN(z) with z in memory that may be overwritten by its vectors.
@@ -321,14 +197,14 @@ struct Worker {
             return (type ? z + load(type + i, n) : z) + load(position + i, n);
           },
           at.scratch, e.embed_norm, e.E, to + r * at.ldx);
-      prepare(e.project.panels ? e.project : first, at.outer_integers, r, to + r * at.ldx, e.E);
+      prepare(e.project.panels ? e.project : first, at.outer_operands, r, to + r * at.ldx, e.E);
     });
     if (e.project.panels) {
-      const Rows<T> from = operand(at.context, at.ldx, at.outer_integers);
+      const Rows<T> from = operand(at.context, at.ldx, at.outer_operands);
       share(e.project.out / kColumns, [&](int64_t p) LAMBDA {
         activate(Activation::identity, e.project, p, rows, from, at.x + p * kColumns, at.ldx);
       });
-      prepare_rows(first, at.outer_integers, 0, rows, at.x, at.ldx, e.D);
+      prepare_rows(first, at.outer_operands, 0, rows, at.x, at.ldx, e.D);
     }
   }
 
@@ -365,7 +241,7 @@ struct Worker {
       S* x = at.x + (r0 + r) * at.ldx;
       normalise([&](int64_t i, int n) LAMBDA { return load(row + i, n) + load(x + i, n); }, row, norm, e.D,
                 next ? x : out + (begin + r0 + r) * e.D);
-      if (next) prepare(*next, at.outer_integers, r0 + r, x, e.D);
+      if (next) prepare(*next, at.outer_operands, r0 + r, x, e.D);
     });
   }
 
@@ -380,8 +256,8 @@ struct Worker {
                  at.ldi);
       });
       const int64_t width = e.F - d * kDepth < span * kDepth ? e.F - d * kDepth : span * kDepth;
-      prepare_rows(layer.output, at.inner_integers, 0, count, at.inner, at.ldi, width);
-      accumulate(layer.output, d, d + span, count, operand(at.inner, at.ldi, at.inner_integers));
+      prepare_rows(layer.output, at.inner_operands, 0, count, at.inner, at.ldi, width);
+      accumulate(layer.output, d, d + span, count, operand(at.inner, at.ldi, at.inner_operands));
     }
   }
 
@@ -402,8 +278,8 @@ struct Worker {
       attention(layer);
       for (int64_t r0 = 0; r0 < rows; r0 += at.block) {
         const int64_t count = rows - r0 < at.block ? rows - r0 : at.block;
-        prepare_rows(layer.dense, at.outer_integers, r0, count, at.context, at.ldx, e.D);
-        accumulate(layer.dense, 0, num_blocks(e.D), count, operand(at.context, at.ldx, at.outer_integers).from(r0));
+        prepare_rows(layer.dense, at.outer_operands, r0, count, at.context, at.ldx, e.D);
+        accumulate(layer.dense, 0, num_blocks(e.D), count, operand(at.context, at.ldx, at.outer_operands).from(r0));
         add_layer_norm(layer.attention_norm, &layer.intermediate, r0, count, nullptr);
         feed_forward(layer, r0, count);
         add_layer_norm(layer.output_norm, next, r0, count, out);
@@ -413,10 +289,10 @@ struct Worker {
 };
 
 // A team takes all rows and all inner columns at once: what `run` shares is two stages to embed, six a layer; and those
-// that only prepare integers, one to embed, two a layer.
+// that only prepare operands, one to embed, two a layer.
 template <class T>
 int64_t encoder_stages(const EncoderWeights<T>& e) {
-  return kIntegers<T> ? 3 + 8 * e.num_layers : 2 + 6 * e.num_layers;
+  return kPrepared<T> ? 3 + 8 * e.num_layers : 2 + 6 * e.num_layers;
 }
 
 template <class T>
@@ -435,11 +311,15 @@ void encoder_fwd(const EncoderWeights<T>& e, const Tokens& tokens, int64_t max_s
 
 template <class T>
 EncoderKernels<T> encoder_table() {
-  return {kColumns, panels_nbytes<T>, pack_linear<T>, encoder_bytes<T>, encoder_stages<T>, encoder_fwd<T>};
+  if constexpr (kOffered<T>)
+    return {kColumns, panels_nbytes<T>, pack_linear<T>, encoder_bytes<T>, encoder_stages<T>, encoder_fwd<T>};
+  else
+    return {};
 }
 template EncoderKernels<float> encoder_table();
 template EncoderKernels<bf16> encoder_table();
 template EncoderKernels<int8_t> encoder_table();
+template EncoderKernels<split> encoder_table();
 
 bool offers_fours() { return kFours; }
 

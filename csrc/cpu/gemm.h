@@ -18,6 +18,8 @@ template <>
 constexpr int kRows<bf16> = 2 * kTileHeight;
 template <>
 constexpr int kRows<std::int8_t> = 2 * kTileHeight;
+template <>
+constexpr int kRows<split> = 2 * kTileHeight;
 #endif
 
 // The depth of a panel is a multiple of this, filled with zeros; rows of A are read as far. Rows past the last are read
@@ -56,6 +58,8 @@ constexpr bool kPairs = true;
 #if defined(FASTBERT_AMX)
 template <>
 constexpr int64_t kDepthStep<bf16> = kTileBytes / sizeof(bf16);
+template <>
+constexpr int64_t kDepthStep<split> = kDepthStep<bf16>;
 #else
 template <>
 constexpr int64_t kDepthStep<bf16> = 2;
@@ -112,13 +116,18 @@ INLINE void panel_tile(int64_t rows, int64_t depth, const float* a, int64_t lda,
   tile_of<2>(rows, depth, a, lda, panel, kColumns, add, ld_add, c, ldc);
 }
 #if defined(FASTBERT_AMX)
-template <int NV = 2>
-INLINE void panel_tile(int64_t rows, int64_t depth, const bf16* a, int64_t lda, const bf16* panel, const float* add,
+template <int NV = 2, class T>
+INLINE void panel_tile(int64_t rows, int64_t depth, const T* a, int64_t lda, const T* panel, const float* add,
                        int64_t ld_add, float* c, int64_t ldc) {
   alignas(64) float sums[2 * kTileHeight][kColumns];
-  const int64_t steps = (depth + kDepthStep<bf16> - 1) / kDepthStep<bf16>;
-  amx_products<NV, false>(rows, steps, reinterpret_cast<const char*>(a), lda * sizeof(bf16),
-                          reinterpret_cast<const char*>(panel), sums);
+  const int64_t steps = (depth + kDepthStep<T> - 1) / kDepthStep<T>;
+  const char *left = reinterpret_cast<const char*>(a), *right = reinterpret_cast<const char*>(panel);
+  if constexpr (sizeof(T) == sizeof(split)) {
+    static_assert(NV == 2);
+    amx_split_products(rows, steps, left, lda * sizeof(T), right, sums);
+  } else {
+    amx_products<NV, false>(rows, steps, left, lda * sizeof(T), right, sums);
+  }
   for (int64_t m = 0; m < rows; ++m)
     for (int v = 0; v < NV * W; v += W)
       store(c + m * ldc + v, load(sums[m] + v) + (add ? load(add + m * ld_add + v) : vf{}));

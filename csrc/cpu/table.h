@@ -24,4 +24,6 @@ template <class T>
 EncoderKernels<T> encoder_table();
 bool offers_fours();
 
+Peaks peak_table();
+
 }  // namespace fastbert::FASTBERT_ISA

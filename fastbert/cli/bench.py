@@ -30,4 +30,7 @@ def bench(context: typer.Context) -> None:
     """Measure ops, encoders beside their peers, training and serving (--help); a table and a page."""
     paths = [str(suite_root()), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    raise typer.Exit(subprocess.call([sys.executable, "-m", "benchmarks", *context.args], env=environment))
+    command = [sys.executable, "-m", "benchmarks", *context.args]
+    if os.name == "posix":  # in our place: signals reach it, and there is nothing to pass on
+        os.execve(command[0], command, environment)
+    raise typer.Exit(subprocess.call(command, env=environment))

@@ -32,7 +32,9 @@ def embed(
     overwrite: Annotated[bool, option("Output", "Replace what exists.", "--overwrite")] = False,
     quiet: Annotated[bool, option("Output", "No progress bar, no summary.", "--quiet", "-q")] = False,
     model: Annotated[str, option("Model", "Folder or hub id.", "--model", "-m")] = DEFAULT_MODEL,
-    dtype: Annotated[str, option("Model", "auto, float32, bfloat16, float16 (GPU) or int8 (CPU).")] = "auto",
+    dtype: Annotated[
+        str | None, option("Model", "auto, float32, bfloat16, float16 (GPU) or int8 (CPU); default: float32 on a CPU.")
+    ] = None,
     max_seq_length: Annotated[int | None, option("Model", "Tokens a text; longer ones are cut.", min=1)] = None,
     prompt_name: Annotated[str | None, option("Model", "One of the model's prompts.")] = None,
     prompt: Annotated[str | None, option("Model", "Words to put before every text.")] = None,

@@ -17,6 +17,7 @@ from torch.nn.modules import module as global_hooks
 from fastbert import native
 from fastbert.engine import cpu, cuda
 from fastbert.models.encoder import EncoderModel
+from fastbert.models.pretrained import PreTrainedModel
 from fastbert.ops.dispatch import forced_backend
 from fastbert.packing import PackedBatch
 
@@ -83,7 +84,8 @@ def _engine(model: EncoderModel) -> Engine | str:
         engine = _compiled.get(model)  # another thread may have packed it meanwhile
         if engine is not None and engine.is_fresh(model):
             return engine
-        _compiled.pop(model, None)  # the old panels go before the new ones come
+        if not (isinstance(engine, cpu.Engine) and engine.released):  # then the old panels are all there is
+            _compiled.pop(model, None)  # else they go before the new ones come
         made = _ENGINES[model.device.type].compile(model)
         if not isinstance(made, str):
             _compiled[model] = made
@@ -100,6 +102,29 @@ def run(model: EncoderModel, batch: PackedBatch) -> torch.Tensor | None:
         return None
     engine = _engine(model)
     return None if isinstance(engine, str) else engine.run(batch)
+
+
+def release_weights(model: PreTrainedModel) -> None:
+    """Pack an encoder for inference on a CPU, and let the weights go that it no longer needs: those of linear layers.
+
+    What needs them afterwards (training, `state_dict()`, hidden states, another dtype) raises a RuntimeError.
+
+    Args:
+        model: in `eval()` mode: an encoder, or a model with a head, which stays as it is.
+
+    Raises:
+        ValueError: the engine cannot compute the model; nothing was let go.
+    """
+    base = model if isinstance(model, EncoderModel) else model.base_model
+    assert isinstance(base, EncoderModel)
+    with torch.no_grad(), _compiling:
+        reason = _circumstances(base)
+        if reason is None and base.device.type != "cpu":
+            reason = f"an engine on {base.device.type} computes with the model's own weights"
+        made = reason or cpu.compile_and_release(model, base)
+        if isinstance(made, str):
+            raise ValueError(f"the weights cannot be let go (keep_weights=False), since ops need them: {made}")
+        _compiled[base] = made
 
 
 def plan(model: EncoderModel) -> str:

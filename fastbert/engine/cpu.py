@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastbert import native
+from fastbert.engine.release import let_go, own_memory, trim
 from fastbert.engine.watch import Watch, layers_of, parts_of, refusal
 from fastbert.models.activations import ACTIVATIONS, Activation
 from fastbert.models.albert import AlbertEncoder
 from fastbert.models.electra import ElectraModel
 from fastbert.models.encoder import EncoderModel, FeedForward
 from fastbert.models.mpnet import MPNetEncoder, relative_buckets
+from fastbert.models.pretrained import PreTrainedModel
 from fastbert.models.quantize import Int8Linear
 from fastbert.packing import PackedBatch
 
@@ -112,11 +114,24 @@ def _weights(model: EncoderModel) -> dict[str, Any] | str:
     }
 
 
-def _precision(weights: dict[str, Any]) -> str:
+def _asks_for_high() -> bool:
+    """Whether torch's precision of fp32 products on a CPU is less than "highest": what
+    `torch.set_float32_matmul_precision("high")` sets."""
+    return torch.backends.mkldnn.matmul.fp32_precision in ("tf32", "bf16")  # type: ignore[attr-defined]
+
+
+def _may_split() -> bool:
+    """Whether fp32 products may be made of bf16 ones, and this CPU is faster so."""
+    return _asks_for_high() and native.require().has_split()
+
+
+def _precision(weights: dict[str, Any], high: bool) -> str:
     """Weights, and where they are integers activations, in words."""
     weight, _, *integers = weights["layers"][0]["dense"]
     if integers:
         return f"int8 with {8 if integers[1] else 16}-bit activations"
+    if high:
+        return "float32 as three products of bfloat16"
     return str(weight.dtype).removeprefix("torch.")
 
 
@@ -126,25 +141,31 @@ class Engine:
     Attributes:
         dtype: of hidden states, results and, unless they have 8 bits, weights; sums are fp32 or exact integers.
         nbytes: memory of the packed weights; tables of embeddings are the model's own.
+        released: whether the panels are all that is left of the weights.
     """
 
     def __init__(self, watch: Watch, weights: dict[str, Any]) -> None:
         self._watch = watch
+        self.released = False
         self._tables = [weights[name] for name in ("word", "position", "token_type")]  # the encoder only borrows them
-        self._encoder = native.require().Encoder(weights)
+        self._is_float32 = weights["layers"][0]["dense"][0].dtype == torch.float32
+        self._high = self._is_float32 and _may_split()
+        self._encoder = native.require().Encoder(weights, self._high)
         self._isa = native.isa()
         self._num_layers = len(weights["order"])
         self._width = weights["layers"][0]["dense"][0].shape[0]
         self._has_types = weights["token_type"] is not None
         self.dtype: torch.dtype = weights["word"].dtype
         self.nbytes: int = self._encoder.nbytes
-        self._precision = _precision(weights)
+        self._precision = _precision(weights, self._high)
 
     def is_fresh(self, model: EncoderModel) -> bool:
-        """Whether the model is still what was packed: same modules, same settings, no parameter written to.
+        """Whether the model is still what was packed: same modules, settings, precision, no parameter written to.
 
         A write to a few elements through `.data` or NumPy, which torch does not count, may go unseen.
         """
+        if self._is_float32 and self._high != _may_split():
+            return False
         return parts_of(model) == self._watch.parts and self._watch.same()
 
     def run(self, batch: PackedBatch) -> torch.Tensor:
@@ -163,10 +184,25 @@ class Engine:
         return hidden_TD
 
     def __str__(self) -> str:
+        exact = self._is_float32 and not self._high and _asks_for_high()
         return (
-            f"cpu engine: {self._precision}, {self._isa}, {torch.get_num_threads()} threads, "
-            f"{self._num_layers} layers in {self.nbytes / 1e6:.1f} MB of panels"
+            f"cpu engine: {self._precision}{' (exact: only AMX is faster below)' if exact else ''}, {self._isa}, "
+            f"{torch.get_num_threads()} threads, {self._num_layers} layers in {self.nbytes / 1e6:.1f} MB of panels"
         )
+
+
+def compile_and_release(model: PreTrainedModel, base: EncoderModel) -> Engine | str:
+    """Pack `base`, the encoder of `model`, and let the packed weights go; or say why the engine cannot compute it."""
+    reason = _refusal(parts_of(base))
+    if reason is not None:
+        return reason
+    own_memory(model, parts_of(base))  # before the engine borrows the tables
+    engine = compile(base)
+    if isinstance(engine, Engine):
+        let_go(parts_of(base))
+        engine._watch, engine.released = Watch(parts_of(base)), True
+        trim()
+    return engine
 
 
 def compile(model: EncoderModel) -> Engine | str:

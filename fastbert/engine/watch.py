@@ -7,7 +7,6 @@ or the shape of the model makes `Watch.same` false.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from copy import copy
 from operator import attrgetter, is_
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from fastbert import native
+from fastbert.engine.release import Released
 from fastbert.models.albert import AlbertEncoder, AlbertLayer
 from fastbert.models.electra import ElectraModel
 from fastbert.models.encoder import AddLayerNorm, Embeddings, Encoder, EncoderModel, FeedForward, Layer, SelfAttention
@@ -92,15 +92,17 @@ class Watch:
         modules = [module for part in parts for module in part.modules()]
         self.modules = [(m.__dict__, dict(m._modules)) for m in modules]
         self.settings = [(m.__dict__, name) for m in modules for name in SETTINGS[type(m)]]
-        self.values = [copy(state[name]) for state, name in self.settings]
+        # A partial function that is copied equals the first no more, and the model would be packed at every call.
+        self.values = [v[:] if isinstance(v := state[name], list) else v for state, name in self.settings]
         self.homes = [home for m in modules for home in homes(m)]
         self.tensors = [held[name] for held, name in self.homes]
-        self.addresses = list(map(torch.Tensor.data_ptr, self.tensors))
+        self.filled = [tensor for tensor in self.tensors if type(tensor) is not Released]
+        self.addresses = list(map(torch.Tensor.data_ptr, self.filled))
         # Aliases keep the memory of a replaced tensor from being given to the one that replaces it.
-        self.aliases = [tensor.detach() for tensor in self.tensors]
+        self.aliases = [tensor.detach() for tensor in self.filled]
         self.copied = copied
         if copied:
-            self.versions = list(map(_version, self.tensors))
+            self.versions = list(map(_version, self.filled))
             # Writes through `.data` or NumPy are not counted by torch: samples of the values see all but the smallest.
             flat = [alias if alias.is_contiguous() else alias.mT for alias in self.aliases]
             self.samples = native.require().Samples([tensor for tensor in flat if tensor.is_contiguous()])
@@ -118,9 +120,9 @@ class Watch:
         now = [held.get(name) for held, name in self.homes]
         if not all(map(is_, now, self.tensors)):
             return False
-        if list(map(torch.Tensor.data_ptr, self.tensors)) != self.addresses:
+        if list(map(torch.Tensor.data_ptr, self.filled)) != self.addresses:
             return False
-        return not self.copied or (list(map(_version, self.tensors)) == self.versions and self.samples.same())
+        return not self.copied or (list(map(_version, self.filled)) == self.versions and self.samples.same())
 
 
 def refusal(
@@ -143,6 +145,8 @@ def refusal(
                 tensor = held[key]
                 if tensor is None:
                     return f"{what} lacks a parameter that its class has"
+                if type(tensor) is Released:
+                    return f"{what} has let its weight go (keep_weights=False), and the model is not what was packed"
                 if type(tensor) not in (nn.Parameter, torch.Tensor) or tensor.layout != torch.strided:
                     return f"{what} holds a {type(tensor).__name__}, not a plain tensor"
                 if tensor.device.type != device_type:

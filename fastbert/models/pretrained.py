@@ -202,11 +202,11 @@ class PreTrainedModel(nn.Module):
         path = Path(folder)
         if path.is_file():
             raise NotADirectoryError(f"cannot save to {path}: it is a file, not a folder")
+        state = self.state_dict()
         path.mkdir(parents=True, exist_ok=True)
         self.config.save_pretrained(
             path, architectures=[type(self).__name__], dtype=str(self.dtype).removeprefix("torch.")
         )
-        state = self.state_dict()
         for name in self.active_tied_keys():
             del state[name]
         save_weights(state, path, max_shard_size)

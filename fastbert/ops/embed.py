@@ -107,7 +107,8 @@ def embed(
         dropout_p, seed: see `fastbert.ops.dropout`.
 
     Returns:
-        (T, D) in the dtype of `word`. Saved for backward: the ids and mean and 1/std of each row (T).
+        (T, D) in the dtype of `word`.
+        Saved for backward: the ids and mean and 1/std of each row (T).
 
     Raises:
         IndexError: ids outside a table (checked on the CPU only).

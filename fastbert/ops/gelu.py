@@ -44,7 +44,8 @@ def gelu(x: torch.Tensor, bias: torch.Tensor | None = None, approximate: str = "
         approximate: `"none"` for the erf form (BERT's `hidden_act="gelu"`), `"tanh"` for `gelu_new`.
 
     Returns:
-        (T, F) in the dtype of `x`. Saved for backward: `x` and `bias`; nothing else.
+        (T, F) in the dtype of `x`.
+        Saved for backward: `x` and `bias`; nothing else.
 
     Raises:
         ValueError: unknown form, or a bias that does not match the last axis.

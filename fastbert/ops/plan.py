@@ -67,8 +67,8 @@ def plan_batches(
         max_sequences: sequences a batch may hold; None = no limit.
 
     Returns:
-        order (S) int64: the sequences by falling length, ties in their given order.
-        bounds: batch i holds `order[bounds[i]:bounds[i + 1]]`.
+        order (S) int64, the sequences by falling length, ties in their given order;
+        bounds, of which batch i holds `order[bounds[i]:bounds[i + 1]]`.
 
     Raises:
         ValueError: a budget or limit below 1, a negative length, or lengths that are not int64 on the CPU.

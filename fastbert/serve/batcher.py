@@ -102,8 +102,9 @@ class Batcher:
         self._live: set[Request] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining = self._closed = False
-        self._ready = threading.Condition(threading.Lock())
-        threading.Thread(target=self._run, name="fastbert-compute", daemon=True).start()
+        self._ready = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="fastbert-compute", daemon=True)
+        self._thread.start()
 
     @property
     def queue_tokens(self) -> int:
@@ -205,17 +206,19 @@ class Batcher:
         request.future.set_exception(error)
 
     async def drain(self, timeout_s: float | None = None) -> bool:
-        """Accept no more, finish what was accepted, stop the thread.
+        """Accept no more, finish what was accepted, stop the thread: in native code it would abort a process that ends.
 
         Returns:
             Whether all was finished within `timeout_s`; what was not fails with `Draining`.
         """
+        end = None if timeout_s is None else monotonic() + timeout_s
         with self._ready:
             self._draining = True
         late: set[asyncio.Future[Done]] = set()
         if self._live:
             _, late = await asyncio.wait([request.future for request in self._live], timeout=timeout_s)
         self.close()
+        await asyncio.to_thread(self._thread.join, None if end is None else max(0.0, end - monotonic()))
         return not late
 
     def close(self) -> None:

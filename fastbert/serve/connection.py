@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from fastbert.serve.gate import GONE, TASK
+from fastbert.serve.gate import GONE, LATE, TASK
 
 MAX_HEADER_BYTES = 64 * 1024
 
@@ -17,16 +17,21 @@ class Connection(HttpToolsProtocol):
     """uvicorn's connection that
 
     * closes when a request's headers are not complete in time, or longer than 64 KiB;
+    * gives a request up when its body is not complete in time;
     * closes when the client reads nothing of an answer for too long;
     * cancels the work of a client that left.
     """
 
-    def __init__(self, *args: Any, header_timeout_s: float, write_timeout_s: float, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, header_timeout_s: float, body_timeout_s: float, write_timeout_s: float, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.header_timeout_s, self.write_timeout_s = header_timeout_s, write_timeout_s
+        self.header_timeout_s, self.body_timeout_s = header_timeout_s, body_timeout_s
+        self.write_timeout_s = write_timeout_s
         self._reading: asyncio.TimerHandle | None = None
         self._writing: asyncio.TimerHandle | None = None
         self._header_bytes = 0
+        self._in_body = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """The client has connected: its first headers are awaited."""
@@ -34,19 +39,19 @@ class Connection(HttpToolsProtocol):
         self._await_headers()
 
     def _await_headers(self) -> None:
-        self._header_bytes = 0
-        if self._reading is None:
-            self._reading = self.loop.call_later(self.header_timeout_s, self._give_up, 408, "headers took too long")
+        self._reading = self.loop.call_later(self.header_timeout_s, self._give_up, 408, "headers took too long")
 
     def data_received(self, data: bytes) -> None:
-        """Bytes came; while they are headers they are counted."""
+        """Bytes came; while they are headers they are counted. A request that came whole starts no clock."""
         if self._in_headers():
-            if self._header_bytes == 0 and self._reading is None:
-                self._await_headers()
             self._header_bytes += len(data)
         super().data_received(data)
         if self._in_headers() and self._header_bytes > MAX_HEADER_BYTES:
             self._give_up(431, f"headers are longer than {MAX_HEADER_BYTES} bytes")
+        elif self._reading is None and self._header_bytes:
+            self._await_headers()
+        elif self._reading is None and self._in_body:
+            self._reading = self.loop.call_later(self.body_timeout_s, self._give_up_body)
 
     def _in_headers(self) -> bool:
         return self.cycle is None or (self.cycle.response_complete and not self.pipeline)
@@ -55,12 +60,29 @@ class Connection(HttpToolsProtocol):
         """The request begins."""
         self._stop_reading()
         self._header_bytes = 0
+        self._in_body = True
         super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """The request is here."""
+        self._stop_reading()
+        self._in_body = False
+        super().on_message_complete()
 
     def _stop_reading(self) -> None:
         if self._reading is not None:
             self._reading.cancel()
             self._reading = None
+
+    def _give_up_body(self) -> None:
+        self._reading = None
+        scope: dict[str, Any] = self.cycle.scope  # type: ignore[assignment]
+        task = scope.get(TASK)
+        if self.cycle.response_complete or task is None:
+            self.transport.close()
+        else:
+            scope[LATE] = self.body_timeout_s
+            task.cancel()
 
     def _give_up(self, status: int, reason: str) -> None:
         self._reading = None

@@ -19,7 +19,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastbert.serve.call import Call
-from fastbert.serve.errors import InternalError, NotReady, Overload, ServeError, render
+from fastbert.serve.errors import InternalError, NotReady, Overload, ServeError, SlowBody, render
 from fastbert.serve.records import log_request
 from fastbert.serve.series import STAGES
 from fastbert.serve.state import State
@@ -33,6 +33,7 @@ logger = logging.getLogger("fastbert.serve")
 CALL = "fastbert.call"
 TASK = "fastbert.task"  # the connection cancels it when the client leaves
 GONE = "fastbert.gone"  # and says so here
+LATE = "fastbert.late"  # or when the body takes longer than these seconds
 _UNANSWERED = 499
 
 
@@ -105,6 +106,7 @@ class Gate:
             if span is not None and self.tracer is not None:
                 self.tracer.end(span, call, status)
             log_request(call, status)
+            del scope[CALL], scope[TASK]  # without a circle all of it is freed now, not by the collector
 
     async def _answer(self, call: Call, scope: Scope, receive: Receive, send: Send) -> Response | None:
         """The response; None where FastAPI has sent it."""
@@ -120,6 +122,11 @@ class Gate:
             return await handler(call)
         except ServeError as error:
             return self.failed(call, error)
+        except asyncio.CancelledError:
+            if LATE not in scope:
+                raise
+            message = f"the body was not complete after {scope[LATE]:g} s"
+            return self.failed(call, SlowBody(message, headers={"connection": "close"}))
         except Exception as error:
             logger.exception("request %s to %s failed", call.id, call.path)
             return self.failed(call, InternalError(f"{type(error).__name__}; the log has it under request {call.id}"))

@@ -29,10 +29,13 @@ class Jobs:
 
     def __init__(self, workers: int) -> None:
         self._waiting: deque[_Job] = deque()
-        self._ready = threading.Condition(threading.Lock())
+        self._ready = threading.Condition()
         self._closed = False
-        for i in range(workers):
-            threading.Thread(target=self._run, name=f"fastbert-tokenizer-{i}", daemon=True).start()
+        self._threads = [
+            threading.Thread(target=self._run, name=f"fastbert-tokenizer-{i}", daemon=True) for i in range(workers)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     async def run(self, texts: Sequence[Text], work: Work) -> list[Row]:
         """`work(texts)`, in parts and on several threads where there are many. Equal works share calls.
@@ -52,10 +55,12 @@ class Jobs:
                 job.future.cancel()
 
     def close(self) -> None:
-        """Stop the threads; what waits is still done."""
+        """Stop the threads and wait for them; what waits is still done, where somebody wants it."""
         with self._ready:
             self._closed = True
             self._ready.notify_all()
+        for thread in self._threads:
+            thread.join()
 
     def _run(self) -> None:
         while True:

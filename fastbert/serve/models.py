@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 from fastbert.serve.batcher import Batcher
@@ -79,7 +80,7 @@ class Model:
     async def close(self, timeout_s: float) -> bool:
         """Finish what was accepted; whether that was possible in time."""
         finished = await self.batcher.drain(timeout_s)
-        self.tokens.close()
+        await asyncio.to_thread(self.tokens.close)
         return finished
 
 
@@ -92,5 +93,6 @@ def load(name: str, id: str, folder: Path, settings: Settings, cache: Cache | No
         num_threads=settings.threads,
         max_seq_length=settings.max_seq_length,
         pooling=settings.pooling,
+        keep_weights=settings.keep_weights,
     )
     return Model(name, id, served, settings, cache)

@@ -38,7 +38,7 @@ class EmbedBatch:
     """
 
     def __init__(
-        self, model: str, column: str = "text", output: str = "vector", dtype: str = "auto", **options: Any
+        self, model: str, column: str = "text", output: str = "vector", dtype: str | None = None, **options: Any
     ) -> None:
         if column == output:
             raise ValueError(f"column and output are both {column!r}: the vectors would replace the texts")

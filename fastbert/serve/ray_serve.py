@@ -13,7 +13,6 @@ from fastbert.hub import resolve
 from fastbert.serve.app import build_app
 from fastbert.serve.errors import WrongModel
 from fastbert.serve.launch import build_state
-from fastbert.serve.scores import normalize
 from fastbert.serve.settings import Settings
 from fastbert.serve.state import State
 from fastbert.serve.work import Work
@@ -65,9 +64,9 @@ def application(models: str | Sequence[str], settings: Settings | None = None, *
             if not texts:
                 return np.empty((0, chosen.served.dimension or 0), np.float32)
             encoded = await chosen.tokens.encode(list(texts), prompt=chosen.prompt(prompt_name))
-            work = Work(encoded.ids, encoded.type_ids, "vectors", prompt_length=encoded.prompt_length)
-            vectors = np.stack((await chosen.batcher.submit(work)).values)
-            return normalize(vectors) if normalize_embeddings else vectors
+            output = "unit" if normalize_embeddings else "vectors"
+            work = Work(encoded.ids, encoded.type_ids, output, prompt_length=encoded.prompt_length)
+            return np.stack((await chosen.batcher.submit(work)).values)
 
     # Ray sends a replica five requests at a time unless told otherwise: no batch would ever be full.
     options = {"name": "fastbert", "max_ongoing_requests": settings.max_concurrent_requests, **deployment}

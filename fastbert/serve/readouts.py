@@ -6,10 +6,12 @@ must not depend on what it was batched with. It costs about a hundredth of the f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
 from fastbert.embedder import Embedder
 from fastbert.models.encoder import Encoded
@@ -17,28 +19,36 @@ from fastbert.packing import PackedBatch
 from fastbert.serve.kinds import Splade
 
 Tensor = torch.Tensor
-# (encoded batch, which of its sequences, prompt lengths of all of them) -> one tensor for each of these sequences
-Readout = Callable[[Encoded, Sequence[int], Sequence[int]], list[Tensor]]
+# (encoded batch, which of its sequences, prompt lengths of all of them) -> float32, one for each of these sequences
+Readout = Callable[[Encoded, Sequence[int], Sequence[int]], list[np.ndarray]]
 
 
-def tokens(encoded: Encoded, rows: Sequence[int], prompt_lengths: Sequence[int]) -> list[Tensor]:
+def _arrays(values: Iterable[Tensor]) -> list[np.ndarray]:
+    return [value.float().cpu().numpy() for value in values]
+
+
+def tokens(encoded: Encoded, rows: Sequence[int], prompt_lengths: Sequence[int]) -> list[np.ndarray]:
     """Hidden states, (length, D) each."""
     states = encoded.batch.split(encoded.hidden_TD)
-    return [states[row] for row in rows]
+    return _arrays(states[row] for row in rows)
 
 
-def vectors(embedder: Embedder) -> Readout:
-    """Pooled vectors, (D) each: pooling, modules and `truncate_dim` as the embedder has them, not normalised."""
+def vectors(embedder: Embedder, unit: bool) -> Readout:
+    """Pooled vectors, (D) each: pooling, modules and `truncate_dim` as the embedder has them; scaled if `unit`.
 
-    def read(encoded: Encoded, rows: Sequence[int], prompt_lengths: Sequence[int]) -> list[Tensor]:
+    A row's length is summed in the same order whatever rows are beside it: the bits are those of `Embedder.encode`.
+    """
+
+    def read(encoded: Encoded, rows: Sequence[int], prompt_lengths: Sequence[int]) -> list[np.ndarray]:
         pooling, modules = embedder.pooling, embedder.modules
         skips = [0 if pooling.include_prompt else prompt_lengths[row] for row in rows]
-        found: dict[int, Tensor] = {}
+        found: dict[int, np.ndarray] = {}
         for skip in sorted(set(skips)):
             here = [row for row, length in zip(rows, skips, strict=True) if length == skip]
             pooled_SD = pooling(encoded.hidden_TD, encoded.batch.cu_seqlens, skip)
             vectors_SD = modules((pooled_SD if len(here) == len(pooled_SD) else pooled_SD[here]).float())
-            found.update(zip(here, vectors_SD[:, : embedder.truncate_dim].cpu(), strict=True))
+            vectors_SD = vectors_SD[:, : embedder.truncate_dim].cpu().contiguous()
+            found.update(zip(here, (F.normalize(vectors_SD) if unit else vectors_SD).numpy(), strict=True))
         return [found[row] for row in rows]
 
     return read
@@ -47,11 +57,11 @@ def vectors(embedder: Embedder) -> Readout:
 def sequence_logits(model: Any) -> Readout:
     """(labels) each."""
 
-    def read(encoded: Encoded, rows: Sequence[int], prompt_lengths: Sequence[int]) -> list[Tensor]:
+    def read(encoded: Encoded, rows: Sequence[int], prompt_lengths: Sequence[int]) -> list[np.ndarray]:
         if encoded.hidden_TD.device.type == "cpu":
-            return [model.logits(one)[0] for one in _singles(encoded, rows)]
+            return _arrays(model.logits(one)[0] for one in _singles(encoded, rows))
         logits_SC = model.logits(encoded).cpu()
-        return [logits_SC[row] for row in rows]
+        return _arrays(logits_SC[row] for row in rows)
 
     return read
 
@@ -59,11 +69,11 @@ def sequence_logits(model: Any) -> Readout:
 def token_logits(model: Any) -> Readout:
     """(length, labels) each."""
 
-    def read(encoded: Encoded, rows: Sequence[int], prompt_lengths: Sequence[int]) -> list[Tensor]:
+    def read(encoded: Encoded, rows: Sequence[int], prompt_lengths: Sequence[int]) -> list[np.ndarray]:
         if encoded.hidden_TD.device.type == "cpu":
-            return [model.logits(one) for one in _singles(encoded, rows)]
+            return _arrays(model.logits(one) for one in _singles(encoded, rows))
         logits = encoded.batch.split(model.logits(encoded))
-        return [logits[row] for row in rows]
+        return _arrays(logits[row] for row in rows)
 
     return read
 
@@ -71,8 +81,8 @@ def token_logits(model: Any) -> Readout:
 def mask_logits(model: Any, mask_id: int) -> Readout:
     """(masks, V) each: vocabulary logits at the mask tokens."""
 
-    def read(encoded: Encoded, rows: Sequence[int], prompt_lengths: Sequence[int]) -> list[Tensor]:
-        return [model.logits(one.hidden_TD[one.batch.input_ids == mask_id]) for one in _singles(encoded, rows)]
+    def read(encoded: Encoded, rows: Sequence[int], prompt_lengths: Sequence[int]) -> list[np.ndarray]:
+        return _arrays(model.logits(one.hidden_TD[one.batch.input_ids == mask_id]) for one in _singles(encoded, rows))
 
     return read
 
@@ -80,8 +90,8 @@ def mask_logits(model: Any, mask_id: int) -> Readout:
 def sparse(model: Any, splade: Splade) -> Readout:
     """(V) each: SPLADE's weights. One sequence at a time: logits of a whole batch would be gigabytes."""
 
-    def read(encoded: Encoded, rows: Sequence[int], prompt_lengths: Sequence[int]) -> list[Tensor]:
-        return [_weights(model.logits(one.hidden_TD).float()) for one in _singles(encoded, rows)]
+    def read(encoded: Encoded, rows: Sequence[int], prompt_lengths: Sequence[int]) -> list[np.ndarray]:
+        return _arrays(_weights(model.logits(one.hidden_TD).float()) for one in _singles(encoded, rows))
 
     def _weights(logits_LV: Tensor) -> Tensor:
         if splade.strategy == "max":  # log1p and relu grow with their argument: the maximum may come first

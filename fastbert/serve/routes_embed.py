@@ -76,14 +76,17 @@ async def _vectors(
         raise Invalid(
             "Input validation error: `dimensions` should be smaller than the maximum embedding dimension.", "dimensions"
         )
+    ready = normalized and dimensions is None  # for a whole batch at once
     rows = await compute(
-        call, model, inputs, "vectors", batch=batch,
+        call, model, inputs, "unit" if ready else "vectors", batch=batch,
         truncate=getattr(options, "truncate", None),
         direction=getattr(options, "truncation_direction", "Right"),
         prompt_name=getattr(options, "prompt_name", None),
     )  # fmt: skip
-    vectors = np.ascontiguousarray(np.stack(rows)[:, :dimensions])
-    return normalize(vectors) if normalized else vectors
+    vectors = rows[0][None] if len(rows) == 1 else np.stack(rows)
+    if dimensions is not None:
+        vectors = np.ascontiguousarray(vectors[:, :dimensions])
+    return normalize(vectors) if normalized and not ready else vectors
 
 
 def _precise(matrix: np.ndarray, precision: str) -> np.ndarray:

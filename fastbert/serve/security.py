@@ -1,15 +1,14 @@
-"""Who may ask, and how much: API keys, the size of a body and the time it may take."""
+"""Who may ask, and how much: API keys, the size of a body."""
 
 from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 from starlette.types import Message, Receive
 
-from fastbert.serve.errors import BodyTooLarge, SlowBody, Unauthorized
+from fastbert.serve.errors import BodyTooLarge, Unauthorized
 
 # Answered without a key. The page asks for one itself.
 PUBLIC = frozenset(
@@ -60,8 +59,8 @@ class Keys:
 _CHALLENGE = {"www-authenticate": "Bearer"}
 
 
-async def read_body(receive: Receive, declared: str, limit: int, timeout_s: float) -> bytes:
-    """The body, as long as it is within `limit` bytes and there within `timeout_s` seconds.
+async def read_body(receive: Receive, declared: str, limit: int) -> bytes:
+    """The body, as long as it is within `limit` bytes; the connection watches over the time.
 
     Args:
         receive: of the ASGI request.
@@ -69,50 +68,24 @@ async def read_body(receive: Receive, declared: str, limit: int, timeout_s: floa
 
     Raises:
         BodyTooLarge: by its declared length, or as soon as more than the limit has come.
-        SlowBody: it was not complete in time.
     """
     if declared.isdigit() and int(declared) > limit:
         raise _too_large(int(declared), limit)
     parts: list[bytes] = []
     size = 0
-    with _time_limit(timeout_s):
-        while True:
-            message: Message = await receive()
-            if message["type"] == "http.disconnect":
-                raise asyncio.CancelledError
-            body = message.get("body", b"")
-            size += len(body)
-            if size > limit:
-                raise _too_large(size, limit)
-            if not message.get("more_body", False):
-                return body if not parts else b"".join([*parts, body])
-            parts.append(body)
+    while True:
+        message: Message = await receive()
+        if message["type"] == "http.disconnect":
+            raise asyncio.CancelledError
+        body = message.get("body", b"")
+        size += len(body)
+        if size > limit:
+            raise _too_large(size, limit)
+        if not message.get("more_body", False):
+            return body if not parts else b"".join([*parts, body])
+        parts.append(body)
 
 
 def _too_large(size: int, limit: int) -> BodyTooLarge:
     message = f"Failed to buffer the request body: length limit exceeded: {size} bytes of at most {limit}"
     return BodyTooLarge(message, headers={"connection": "close"})
-
-
-@contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """Cancel the task's wait when the time is over; the error says so."""
-    task = asyncio.current_task()
-    assert task is not None
-    over = False
-
-    def expire() -> None:
-        nonlocal over
-        over = True
-        task.cancel()
-
-    timer = asyncio.get_running_loop().call_later(seconds, expire)
-    try:
-        yield
-    except asyncio.CancelledError:
-        if not over:
-            raise
-        message = f"the body was not complete after {seconds:g} s"
-        raise SlowBody(message, headers={"connection": "close"}) from None
-    finally:
-        timer.cancel()

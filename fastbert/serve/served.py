@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastbert.embedder import Embedder, position_limit, resolve_dtype
+from fastbert.embedder import Embedder, position_limit
+from fastbert.engine import release_weights
+from fastbert.engine.dtypes import resolve_dtype
 from fastbert.hub import resolve
 from fastbert.machine import cpu
 from fastbert.models.auto import (
@@ -103,11 +105,12 @@ class Served:
         cls,
         name: str | os.PathLike[str],
         *,
-        dtype: str = "auto",
+        dtype: str | None = None,
         device: torch.device | str | None = None,
         num_threads: int | None = None,
         max_seq_length: int | None = None,
         pooling: str | None = None,
+        keep_weights: bool = True,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         token: str | bool | None = None,
@@ -121,6 +124,7 @@ class Served:
             num_threads: threads of a CPU forward pass; None = what affinity, control groups and torch's setting allow.
             max_seq_length: tokens an input; None = as the model's files say.
             pooling: instead of what the files say; see `fastbert.serve.kinds.kind_of`.
+            keep_weights: as in `Embedder.from_pretrained`.
             revision, cache_dir, token, local_files_only: as in `huggingface_hub.snapshot_download`.
 
         Raises:
@@ -136,9 +140,10 @@ class Served:
             embedder = Embedder.from_pretrained(root, dtype, device, max_seq_length=max_seq_length)
             if kind.pooling is not None:
                 embedder.pooling = Pooling((kind.pooling,), embedder.pooling.include_prompt)
-            return cls(
+            served = cls(
                 kind, embedder.model, embedder.tokenizer, dtype, embedder=embedder, num_threads=num_threads, sha=sha
             )
+            return served if keep_weights else served._without_weights()
         family = _HEADS[kind.name].class_of(read_json(kind.transformer / "config.json").get("model_type"))
         model = family.from_pretrained(kind.transformer, dtype=loaded_dtype(dtype), device=device)
         limit = position_limit(model.base_model)
@@ -146,7 +151,13 @@ class Served:
         length = declared if max_seq_length is None else max_seq_length
         tokenizer = Tokenizer.from_folder(kind.transformer, limit, length)
         quantize(model.base_model, dtype)
-        return cls(kind, model, tokenizer, dtype, num_threads=num_threads, sha=sha)
+        served = cls(kind, model, tokenizer, dtype, num_threads=num_threads, sha=sha)
+        return served if keep_weights else served._without_weights()
+
+    def _without_weights(self) -> Served:
+        _ = self.fingerprint  # which reads them
+        release_weights(self._model)
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -204,12 +215,11 @@ class Served:
             batch = batch.to(self.device, non_blocking=True)
         encoded = self.base.encode_packed(batch)
         lengths = [0] * len(outputs) if prompt_lengths is None else prompt_lengths
-        values: list[Any] = [None] * len(outputs)
+        found: dict[int, np.ndarray] = {}
         for output in dict.fromkeys(outputs):
             rows = [i for i, wanted in enumerate(outputs) if wanted == output]
-            for row, value in zip(rows, self._readouts[output](encoded, rows, lengths), strict=True):
-                values[row] = value.float().cpu().numpy()
-        return values
+            found.update(zip(rows, self._readouts[output](encoded, rows, lengths), strict=True))
+        return [found[row] for row in range(len(outputs))]
 
     @property
     def skips_prompt(self) -> bool:
@@ -229,7 +239,7 @@ def default_threads() -> int:
 def _readouts(kind: Kind, model: Any, embedder: Embedder | None, mask_id: int | None) -> dict[str, Readout]:
     found: dict[str, Readout] = {"tokens": readouts.tokens}
     if embedder is not None:
-        found["vectors"] = readouts.vectors(embedder)
+        found["vectors"], found["unit"] = readouts.vectors(embedder, False), readouts.vectors(embedder, True)
     elif kind.name in ("classifier", "reranker"):
         found["logits"] = readouts.sequence_logits(model)
     elif kind.name == "token-classification":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import socket
@@ -37,7 +38,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, state: State, tracer: Tracer | None = None) -> None:
         settings = state.settings
-        limits = {"header_timeout_s": settings.header_timeout_s, "write_timeout_s": settings.write_timeout_s}
+        limits = {name: getattr(settings, name) for name in ("header_timeout_s", "body_timeout_s", "write_timeout_s")}
         self.state = state
         self.clean = True
         super().__init__(
@@ -73,6 +74,8 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and say so."""
         await super().startup(sockets)
+        gc.collect()
+        gc.freeze()  # models and libraries stay: the collector need not look through them again and again
         settings = self.state.settings
         names = ", ".join(model.name for model in self.state.models)
         took = time.monotonic() - self.state.started
@@ -92,6 +95,7 @@ class Server(uvicorn.Server):
             server.close()
         await asyncio.sleep(0 if self.force_exit else _LINGER_S)
         await super().shutdown(sockets)
+        gc.unfreeze()
         self.clean = not (self.state.abandoned or self.server_state.tasks)
         logger.info("stopped" if self.clean else "stopped with requests unanswered")
 

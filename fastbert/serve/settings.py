@@ -27,7 +27,9 @@ class Settings:
     served_model_name: tuple[str, ...] = _setting(
         (), "Model", "Name in answers and in the `model` field; one for each model.", env="SERVED_MODEL_NAME"
     )
-    dtype: str = _setting("auto", "Model", "auto, float32, bfloat16, float16 (GPU) or int8 (CPU).", env="DTYPE")
+    dtype: str | None = _setting(
+        None, "Model", "auto, float32, bfloat16, float16 (GPU) or int8 (CPU); default: float32 on a CPU.", env="DTYPE"
+    )
     device: str | None = _setting(None, "Model", "cpu, cuda, cuda:1; default: a GPU if there is one.")
     pooling: str | None = _setting(
         None, "Model", "cls, mean, max, last-token or splade instead of what the model's files say.", env="POOLING"
@@ -46,6 +48,9 @@ class Settings:
     huggingface_hub_cache: Path | None = _setting(None, "Model", "The hub's cache.", env="HUGGINGFACE_HUB_CACHE")  # noqa: RUF009
 
     threads: int | None = _setting(None, "Speed", "CPU threads of a forward pass; default: what is allotted.", min=1)
+    keep_weights: bool = _setting(
+        True, "Speed", "Keep the weights that the CPU engine has packed; without them a model takes half the memory."
+    )
     tokenization_workers: int | None = _setting(
         None, "Speed", "Threads that tokenise.", env="TOKENIZATION_WORKERS", min=1
     )

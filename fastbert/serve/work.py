@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-OUTPUTS = ("vectors", "logits", "sparse", "mask", "tokens")
+OUTPUTS = ("vectors", "unit", "logits", "sparse", "mask", "tokens")
 LANES = ("interactive", "bulk")
 
 
@@ -20,6 +20,7 @@ class Work:
         type_ids: N lists of segment ids of the same lengths, or None where all are 0.
         output: what is wanted for each of the N:
             `vectors`: (D) pooled, after the model's modules, otherwise not normalised;
+            `unit`: (D) the same, scaled to length 1;
             `tokens`: (length, D) hidden states;
             `logits`: (labels) of a classifier or reranker, (length, labels) of a token classifier;
             `sparse`: (V) weights of the vocabulary's words, as SPLADE makes them;

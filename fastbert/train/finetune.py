@@ -85,8 +85,8 @@ def finetune(
 ) -> TrainResult:
     """Fine-tune a checkpoint on labelled examples.
 
-    >>> result = finetune("DIR", "train.csv", "eval.csv", text_column="text", label_column="label", output_dir="OUT")
-    >>> result.metrics["eval_accuracy"]
+        result = finetune("DIR", "train.csv", "eval.csv", text_column="text", label_column="label", output_dir="OUT")
+        result.metrics["eval_accuracy"]
 
     Args:
         model: a folder or a hub id; see `fastbert.hub.resolve`.

@@ -87,7 +87,7 @@ class Pretraining:
 def pretrain(arguments: PretrainArguments | None = None, *, data: Any = None, **options: Any) -> TrainResult:
     """Pretrain a model on texts.
 
-    >>> result = pretrain(data="books/", vocab_size=30522, size="small", objective="mlm+nsp", output_dir="OUT")
+        result = pretrain(data="books/", vocab_size=30522, size="small", objective="mlm+nsp", output_dir="OUT")
 
     The output folder then holds the model and its tokenizer, checkpoints, log and curves, and `data/` with vocabulary
     and tokens, which a later run on the same texts uses again. Under torchrun all ranks must see that folder.

@@ -1,0 +1,161 @@
+"""Providers in processes of their own, of which one runs at a time.
+
+Whoever has no turn is stopped: libraries keep their threads awake after a call, each as long as it likes, and would
+take the cores from the next one. In its turn a provider first warms up, then its calls are timed in its own process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+Encode = Callable[[list[str]], np.ndarray]
+WARM_MS = 10.0  # of calls before the clock starts: threads awake, weights in the caches
+LEAST_MS = 40.0  # of calls that make one sample, their median: neither the clock nor one interruption decides
+PR_SET_PDEATHSIG = 1
+LEAVE_S = 10.0  # for a provider to end by itself
+ROUNDS = (5, 25)  # at least, at most
+
+
+class Failed(RuntimeError):
+    """A provider that does not load or run here; the message is its own error."""
+
+
+class Provider:
+    """One provider in its process: `make(*arguments)` there gives what turns texts into vectors.
+
+    Raises:
+        Failed: it does not load.
+    """
+
+    def __init__(self, name: str, make: Callable[..., Encode], *arguments: Any) -> None:
+        methods = multiprocessing.get_all_start_methods()
+        context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+        if "forkserver" in methods:  # imported once, before any thread runs; and the server itself follows us
+            context.set_forkserver_preload(["benchmarks.follow", "benchmarks.providers", "transformers"])
+        self.name = name
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, make, arguments), daemon=True, name=name)
+        self.process.start()
+        theirs.close()
+        try:
+            self._answer()
+        except Failed:
+            self.close()
+            raise
+        self._send_signal("SIGSTOP")
+
+    def encode(self, texts: list[str]) -> np.ndarray:
+        """(N, D) vectors of N texts."""
+        return self._turn(texts, 0.0)
+
+    def time(self, texts: list[str], least_ms: float = LEAST_MS) -> float:
+        """Milliseconds of a call that encodes all texts: the median of as many calls as fill `least_ms`."""
+        return self._turn(texts, least_ms)
+
+    def close(self) -> None:
+        """End the process."""
+        self._send_signal("SIGCONT")
+        self.connection.close()
+        self.process.join(LEAVE_S)
+        self.process.kill()
+        self.process.join()
+
+    def __enter__(self) -> Provider:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _turn(self, texts: list[str], least_ms: float) -> Any:
+        self._send_signal("SIGCONT")
+        self.connection.send((texts, least_ms))
+        answer = self._answer()
+        self._send_signal("SIGSTOP")
+        return answer
+
+    def _answer(self) -> Any:
+        try:
+            answer = self.connection.recv()
+        except EOFError:
+            self.process.join()
+            raise Failed(f"its process ended with {self.process.exitcode}") from None
+        if isinstance(answer, Failed):
+            raise answer
+        return answer
+
+    def _send_signal(self, name: str) -> None:
+        if hasattr(signal, name) and self.process.is_alive():  # Windows has no such signals: there all stay awake
+            os.kill(self.process.pid, getattr(signal, name))
+
+
+def follow_parent() -> None:
+    """Have the system kill this process when its parent is gone, even while it is stopped. Forks do not inherit it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _serve(connection: Connection, make: Callable[..., Encode], arguments: tuple[Any, ...]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
+    follow_parent()
+    for stream in (1, 2):  # progress bars and advice of libraries; what goes wrong is an answer
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+
+    def answer(function: Callable[[], Any]) -> Any:
+        try:
+            result = function()
+        except Exception as error:
+            result = Failed(f"{type(error).__name__}: {error}")
+        connection.send(result if not callable(result) else None)
+        return result
+
+    encode = answer(lambda: make(*arguments))
+    while not isinstance(encode, Failed):
+        try:
+            texts, least_ms = connection.recv()
+        except EOFError:
+            return  # the parent is gone
+        answer(partial(_timed, encode, texts, least_ms) if least_ms else partial(encode, texts))
+
+
+def _timed(encode: Encode, texts: list[str], least_ms: float) -> float:
+    _calls(encode, texts[:1], WARM_MS)
+    return statistics.median(_calls(encode, texts, least_ms))
+
+
+def _calls(encode: Encode, texts: list[str], least_ms: float) -> list[float]:
+    times: list[float] = []
+    while sum(times) < least_ms:
+        start = time.perf_counter()
+        encode(texts)
+        times.append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def take_turns(providers: Sequence[Provider], texts: list[str], seconds: float) -> dict[str, list[float]]:
+    """Milliseconds a call of each provider, one sample a round: a noisy minute hits all alike.
+
+    Args:
+        seconds: for all together; within `ROUNDS`, as many rounds as they allow.
+    """
+    least, most = ROUNDS
+    times: dict[str, list[float]] = {provider.name: [] for provider in providers}
+    order, start = list(providers), time.perf_counter()
+    for done in range(1, most + 1):
+        for provider in order:
+            times[provider.name].append(provider.time(texts))
+        order.reverse()
+        if done >= least and (time.perf_counter() - start) * (done + 1) / done > seconds:
+            break
+    return times

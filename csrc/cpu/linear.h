@@ -1,0 +1,202 @@
+// Linear layers of the encoder: weights in panels by depth blocks, rows of activations as a product reads them.
+#pragma once
+#include "cpu/gemm_int8.h"
+
+namespace fastbert::FASTBERT_ISA {
+namespace {
+
+template <class T>
+constexpr bool kIntegers = false;
+template <>
+constexpr bool kIntegers<int8_t> = true;
+// Whether products read activations in a form of their own, which the stage before them makes of each row.
+template <class T>
+constexpr bool kPrepared = kIntegers<T>;
+template <>
+constexpr bool kPrepared<split> = true;
+
+constexpr int64_t num_blocks(int64_t in) { return (in + kDepth - 1) / kDepth; }
+
+// Inputs of depth block d.
+INLINE int64_t depth_of(int64_t in, int64_t d) { return in - d * kDepth < kDepth ? in - d * kDepth : kDepth; }
+
+// Bytes from row to row: whole cache lines, an odd number of them, so that equal columns share no set of L1.
+constexpr int64_t stride_nbytes(int64_t nbytes) { return (round_up(nbytes, 64) / 64 | 1) * 64; }
+
+// The same in elements.
+template <class T>
+constexpr int64_t stride(int64_t columns) {
+  return stride_nbytes(round_up(columns, kColumns) * sizeof(T)) / sizeof(T);
+}
+
+template <class T>
+constexpr int64_t panel_nbytes(int64_t depth) {
+  return kIntegers<T> ? int_panel_nbytes(depth) : round_up(depth, kDepthStep<T>) * kColumns * static_cast<int64_t>(sizeof(T));
+}
+
+// Panel p of depth block d: blocks one after the other, whole panels in each.
+template <class T>
+INLINE const T* panel_of(const Linear<T>& w, int64_t d, int64_t p) {
+  const int64_t offset = d * (w.out / kColumns) * panel_nbytes<T>(kDepth) + p * panel_nbytes<T>(depth_of(w.in, d));
+  return reinterpret_cast<const T*>(reinterpret_cast<const char*>(w.panels) + offset);
+}
+
+template <class T>
+int64_t panels_nbytes(int64_t out, int64_t in) {
+  const int64_t last = num_blocks(in) - 1;
+  return out / kColumns * (last * panel_nbytes<T>(kDepth) + panel_nbytes<T>(depth_of(in, last)));
+}
+
+template <class T>
+void pack_panel(const Linear<T>&, const T* const* rows, const float*, int64_t begin, int64_t depth, T* to) {
+  memset(static_cast<void*>(to), 0, panel_nbytes<T>(depth));
+  constexpr int kStep = kPairs && sizeof(T) == 2 ? 2 : 1;  // values of one column that lie side by side
+  for (int n = 0; n < kColumns; ++n)
+    for (int64_t k = 0; rows[n] && k < depth; ++k)
+      to[k / kStep * kStep * kColumns + n * kStep + k % kStep] = rows[n][begin + k];
+}
+
+#if defined(FASTBERT_AMX)
+// How many bf16 the lows of a step lie behind its highs: in a row of activations, times kColumns in a panel.
+constexpr int64_t kLow = kDepthStep<split>;
+
+void pack_panel(const Linear<split>&, const float* const* rows, const float*, int64_t begin, int64_t depth, split* to) {
+  memset(static_cast<void*>(to), 0, panel_nbytes<split>(depth));
+  auto* halves = reinterpret_cast<bf16*>(to);
+  for (int n = 0; n < kColumns; ++n)
+    for (int64_t k = 0; rows[n] && k < depth; ++k) {
+      bf16* at = halves + (k / kLow * 2 * kLow + k % kLow / 2 * 2) * kColumns + 2 * n + k % 2;
+      const vf weight = splat(rows[n][begin + k]);
+      const vh high = narrow(weight);
+      at[0].bits = high[0];
+      at[kLow * kColumns].bits = narrow(weight - widen(high))[0];
+    }
+}
+#endif
+
+void pack_panel(const Linear<int8_t>& w, const int8_t* const* rows, const float* scales, int64_t begin, int64_t depth,
+                int8_t* to) {
+  (w.fours ? pack_int_panel<Fours> : pack_int_panel<Pairs>)(rows, scales, begin, depth, to);
+}
+
+template <class T>
+void pack_linear(const Given<T>* const* rows, const float* scales, const Linear<T>& w) {
+  const int64_t count = w.out / kColumns;
+#pragma omp parallel for schedule(static)
+  for (int64_t task = 0; task < num_blocks(w.in) * count; ++task) {
+    const int64_t d = task / count, p = task % count, first = p * kColumns;
+    pack_panel(w, rows + first, scales ? scales + first : nullptr, d * kDepth, depth_of(w.in, d),
+               const_cast<T*>(panel_of(w, d, p)));
+  }
+}
+
+// Rows of activations as a matrix product reads them.
+template <class T>
+struct Rows {
+  const T* data;
+  int64_t ld;
+  INLINE Rows from(int64_t row) const { return {data + row * ld, ld}; }
+};
+
+// Integers, `ld` bytes from row to row, with a scale for each depth block.
+template <>
+struct Rows<int8_t> {
+  const char* data;
+  int64_t ld;
+  const float* scales;
+  int64_t lds;
+  INLINE Rows from(int64_t row) const { return {data + row * ld, ld, scales + row * lds, lds}; }
+};
+
+// Columns of panel p for `count` rows of A, which begin at depth block `first`: C = bias or C, + A W over [first, last).
+template <class T>
+INLINE void multiply(const Linear<T>& w, int64_t p, int64_t first, int64_t last, int64_t count, Rows<T> a, float* c,
+                     int64_t ldc) {
+  for (int64_t d = first; d < last; ++d)
+    panel_tile(count, depth_of(w.in, d), a.data + (d - first) * kDepth, a.ld, panel_of(w, d, p),
+               d ? c : w.bias + p * kColumns, d ? ldc : 0, c, ldc);
+}
+
+template <class Form>
+INLINE void multiply_integers(const Linear<int8_t>& w, int64_t p, int64_t first, int64_t last, int64_t count,
+                              Rows<int8_t> a, float* c, int64_t ldc) {
+  for (int64_t d = first; d < last; ++d)
+    int_panel_tile<Form>(count, depth_of(w.in, d), a.data + (d - first) * kDepth * sizeof(typename Form::Value), a.ld,
+                         a.scales + d - first, a.lds, panel_of(w, d, p), d ? c : w.bias + p * kColumns, d ? ldc : 0, c,
+                      ldc);
+}
+
+INLINE void multiply(const Linear<int8_t>& w, int64_t p, int64_t first, int64_t last, int64_t count, Rows<int8_t> a,
+                     float* c, int64_t ldc) {
+  if (w.fours)
+    multiply_integers<Fours>(w, p, first, last, count, a, c, ldc);
+  else
+    multiply_integers<Pairs>(w, p, first, last, count, a, c, ldc);
+}
+
+// Activations as products with weights of type T read them, where that is not as they are: `rows` rows of `width` values.
+template <class T>
+struct Operands {
+  Operands() = default;
+  Operands(int64_t, int64_t) {}
+  int64_t nbytes() const { return 0; }
+  void place(char*) {}
+};
+
+// Integers.
+template <>
+struct Operands<int8_t> {
+  int64_t rows = 0, ld = 0, lds = 0;
+  char* data = nullptr;
+  float* scales = nullptr;
+
+  Operands() = default;
+  Operands(int64_t rows_, int64_t width)
+      : rows(rows_), ld(stride_nbytes(round_up(width, 4) * sizeof(int16_t))), lds(num_blocks(width)) {}
+  int64_t nbytes() const { return rows * ld + round_up(rows * lds * sizeof(float), 64); }
+  void place(char* memory) {
+    data = memory;
+    scales = reinterpret_cast<float*>(memory + rows * ld);
+  }
+  Rows<int8_t> all() const { return {data, ld, scales, lds}; }
+
+  template <class Form>
+  INLINE void fill(int64_t row, const float* x, int64_t width) const {
+    auto* to = reinterpret_cast<typename Form::Value*>(data + row * ld);
+    for (int64_t d = 0; d < num_blocks(width); ++d)
+      scales[row * lds + d] = quantise<Form>(x + d * kDepth, depth_of(width, d), to + d * kDepth);
+  }
+  void fill(bool fours, int64_t row, const float* x, int64_t width) const {
+    fours ? fill<Fours>(row, x, width) : fill<Pairs>(row, x, width);
+  }
+};
+
+#if defined(FASTBERT_AMX)
+// Of each kLow values the highs, then the lows, and zeros past the row's end.
+template <>
+struct Operands<split> {
+  int64_t rows = 0, ld = 0;
+  split* data = nullptr;
+
+  Operands() = default;
+  Operands(int64_t rows_, int64_t width) : rows(rows_), ld(stride<split>(width)) {}
+  int64_t nbytes() const { return rows * ld * sizeof(split); }
+  void place(char* memory) { data = reinterpret_cast<split*>(memory); }
+  Rows<split> all() const { return {data, ld}; }
+
+  void fill(bool, int64_t row, const float* x, int64_t width) const {
+    auto* to = reinterpret_cast<bf16*>(data + row * ld);
+    for (int64_t i = 0; i < round_up(width, kLow); i += W) {
+      const int64_t left = width - i < 0 ? 0 : width - i < W ? width - i : W;
+      const vf value = load(x + i, static_cast<int>(left));
+      const vf high = widen(narrow(value));
+      bf16* at = to + i / kLow * 2 * kLow + i % kLow;
+      store(at, high);
+      store(at + kLow, value - high);
+    }
+  }
+};
+#endif
+
+}  // namespace
+}  // namespace fastbert::FASTBERT_ISA
