@@ -68,7 +68,11 @@ class Nodes(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+# Only a kernel is a node: the reference of attention looks at lengths, and the CPU has no kernel for windows.
+NODES = [case for case in CASES if native.supports(case.op, "cpu", torch.float32)] if native.available() else []
+
+
+@pytest.mark.parametrize("case", NODES, ids=str)
 def test_ops_are_nodes(case):
     """The compiled op gives the bits of the eager one, forward and backward; torch's own checks pass for its nodes."""
     inputs = case.inputs(torch.float32)

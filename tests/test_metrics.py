@@ -9,13 +9,13 @@ from sklearn import metrics as oracle
 
 from fastbert.train import metrics
 
-RNG = np.random.default_rng(0)
 CLASSES = [2, 3, 7]
 
 
 def predictions(num_labels, N=200, right=0.6):
-    gold = RNG.integers(0, num_labels, N)
-    return np.where(RNG.random(N) < right, gold, RNG.integers(0, num_labels, N)), gold
+    rng = np.random.default_rng(0)
+    gold = rng.integers(0, num_labels, N)
+    return np.where(rng.random(N) < right, gold, rng.integers(0, num_labels, N)), gold
 
 
 @pytest.mark.parametrize("num_labels", CLASSES)
@@ -45,15 +45,16 @@ def test_mutants_of_classes_are_seen():
 
 @pytest.mark.parametrize("constant", [0, 1])
 def test_one_class_throughout(constant):
-    predicted, gold = np.full(10, constant), RNG.integers(0, 2, 10)
+    predicted, gold = np.full(10, constant), np.random.default_rng(0).integers(0, 2, 10)
     assert metrics.matthews(predicted, gold) == 0.0
     expected = oracle.f1_score(gold, predicted, average="macro", zero_division=0)
     assert metrics.f1_macro(predicted, gold) == pytest.approx(expected)
 
 
 def test_several_labels_against_scikit_learn():
-    gold = RNG.random((150, 6)) < 0.3
-    predicted = gold ^ (RNG.random((150, 6)) < 0.2)
+    rng = np.random.default_rng(0)
+    gold = rng.random((150, 6)) < 0.3
+    predicted = gold ^ (rng.random((150, 6)) < 0.2)
     predicted[:, 5] = gold[:, 5] = False  # a label that never occurs
     micro, macro = metrics.f1_columns(predicted, gold)
     assert micro == pytest.approx(oracle.f1_score(gold, predicted, average="micro", zero_division=0), abs=1e-12)
@@ -64,8 +65,9 @@ def test_several_labels_against_scikit_learn():
 
 @pytest.mark.parametrize("ties", [False, True])
 def test_correlations_against_scipy(ties):
-    a = RNG.normal(size=300) * 1e3 + 1e5
-    b = 0.5 * a + RNG.normal(size=300) * 500
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=300) * 1e3 + 1e5
+    b = 0.5 * a + rng.normal(size=300) * 500
     if ties:
         a, b = a.round(-3), b.round(-3)
     assert metrics.pearson(a, b) == pytest.approx(stats.pearsonr(a, b).statistic, abs=1e-10)
@@ -86,7 +88,7 @@ def test_retrieval():
     # Query 0 finds document 1 first and its own second, query 1 the other way round; 2 and 3 are right.
     assert metrics.retrieval(vectors[[1, 0, 2, 3]] * 0.8 + vectors * 0.6, vectors) == (0.5, 0.75)
     assert metrics.retrieval(vectors[[1, 0, 2, 3]] * 0.8 + vectors * 0.6, vectors, at=1) == (0.5, 0.5)
-    queries, documents = RNG.normal(size=(2, 50, 8))
+    queries, documents = np.random.default_rng(0).normal(size=(2, 50, 8))
     ranks = (-(queries @ documents.T)).argsort(1).argsort(1)[np.arange(50), np.arange(50)] + 1
     whole = metrics.retrieval(queries, documents)
     assert whole == pytest.approx(((ranks == 1).mean(), np.where(ranks <= 10, 1 / ranks, 0).mean()))
