@@ -48,8 +48,8 @@ def pretraining_table(path: Path) -> str:
     lines = [
         f"Pretraining from scratch on {_span(rows, 'train_tokens', 1e-6, '.1f')} M tokens of English, size "
         f"{first['size']}, {_span(rows, 'vocabulary', 1, ',.0f')} ids, {first['device']}, {first['date']}, "
-        "on held-out texts: loss of masked tokens in nats, accuracy of the second task, and accuracy of news topics after "
-        "fine-tuning on 400 articles.",
+        "on held-out texts: loss of masked tokens in nats, accuracy of the second task, and accuracy of news topics "
+        "after fine-tuning on 400 articles.",
         "",
         "| objective | steps | masked-LM loss | word shares | second task | chance | fine-tuned | from random |",
         "|---|---|---|---|---|---|---|---|",
