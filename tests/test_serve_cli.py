@@ -105,6 +105,42 @@ def test_sigterm_under_load_loses_nothing(minilm):
     assert "stopped\n" in child.lines[-1]
 
 
+def test_sigterm_resets_nobody_who_has_just_connected(minilm):
+    """Connections in the listening socket's queue are accepted before it closes."""
+    with process(minilm, "--drain-grace-s", 0.3) as child:
+        answered, failures = [], []
+
+        def newcomer():
+            while True:
+                connection = http.client.HTTPConnection(child.host, child.port, timeout=60)
+                try:
+                    connection.connect()
+                except ConnectionRefusedError:
+                    return
+                except OSError as error:
+                    failures.append(repr(error))
+                    return
+                try:
+                    connection.request("GET", "/ping")
+                    answered.append(connection.getresponse().read())
+                except (OSError, http.client.HTTPException) as error:
+                    failures.append(repr(error))
+                finally:
+                    connection.close()
+
+        newcomers = [threading.Thread(target=newcomer, daemon=True) for _ in range(16)]
+        for thread in newcomers:
+            thread.start()
+        while len(answered) < 500 and not failures:
+            time.sleep(0.02)
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(60) == 0
+        for thread in newcomers:
+            thread.join(60)
+            assert not thread.is_alive()
+    assert failures == []
+
+
 def test_flags_and_environment_of_text_embeddings_inference(minilm):
     flags = ["--model-id", minilm, "--hostname", "127.0.0.1", "--max-batch-tokens", 4096, "--auto-truncate",
              "--prometheus-port", 9000, "--json-output", "--dtype", "float32"]  # fmt: skip

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import select
 import signal
 import socket
 import threading
@@ -13,7 +14,7 @@ import time
 from collections.abc import Generator
 from functools import partial
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import uvicorn
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("fastbert.serve")
 
 _LINGER_S = 0.25  # for requests that are on their way when the door is closed
+_FIRST_REQUEST_S = 2.0  # for the first request of somebody who has just connected
 _LOCAL = ("127.0.0.1", "::1", "localhost")
 
 
@@ -91,13 +93,30 @@ class Server(uvicorn.Server):
         end = time.monotonic() + grace
         while time.monotonic() < end and not self.force_exit:
             await asyncio.sleep(0.05)
-        for server in self.servers:
-            server.close()
-        await asyncio.sleep(0 if self.force_exit else _LINGER_S)
+        await self._close_door()
         await super().shutdown(sockets)
         gc.unfreeze()
         self.clean = not (self.state.abandoned or self.server_state.tasks)
         logger.info("stopped" if self.clean else "stopped with requests unanswered")
+
+    async def _close_door(self) -> None:
+        """Listen no more, and lose nobody: a socket that closes resets connections still in its queue, and a connection
+        that closes resets a request that was not read yet. So the first are accepted, the second are waited for.
+        """
+        for server in self.servers:
+            queue = select.poll()
+            for listener in server.sockets:
+                queue.register(listener.fileno(), select.POLLIN)
+            end = time.monotonic() + _LINGER_S
+            while queue.poll(0) and time.monotonic() < end:
+                await asyncio.sleep(0)
+            server.close()
+        begin = time.monotonic()
+        while not self.force_exit and (waited := time.monotonic() - begin) < _FIRST_REQUEST_S:
+            connected = cast(set[Connection], self.server_state.connections)
+            if waited > _LINGER_S and all(connection.cycle is not None for connection in connected):
+                break
+            await asyncio.sleep(0.02)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A first signal begins the draining, a second one ends it."""
