@@ -27,6 +27,11 @@ constexpr int kRows<split> = 2 * kTileHeight;
 template <class T>
 constexpr int64_t kDepthStep = 1;
 
+// Weights are asked for so many bytes before their turn: with few rows of A a panel is used up faster than it comes.
+// 8-bit ones gain nothing.
+constexpr int64_t kAhead = 8192;
+INLINE void ask_ahead(const void* weights) { __builtin_prefetch(static_cast<const char*>(weights) + kAhead); }
+
 // C[0..MR) x [0..NV * W): A is (MR, depth), stored transposed if kTransposed; add has rows ld_add apart, or is null.
 template <int MR, int NV, bool kTransposed, class T>
 __attribute__((noinline)) void tile(int64_t depth, const T* a, int64_t lda, const T* b, int64_t ldb, const float* add,
@@ -35,7 +40,10 @@ __attribute__((noinline)) void tile(int64_t depth, const T* a, int64_t lda, cons
   for (int64_t k = 0; k < depth; ++k) {
     vf row[NV];
 #pragma GCC unroll 16
-    for (int v = 0; v < NV; ++v) row[v] = load(b + k * ldb + v * W);
+    for (int v = 0; v < NV; ++v) {
+      row[v] = load(b + k * ldb + v * W);
+      ask_ahead(b + k * ldb + v * W);
+    }
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m) {
       const vf x = splat(get(kTransposed ? a[m + k * lda] : a[m * lda + k]));
@@ -81,7 +89,10 @@ __attribute__((noinline)) void pair_tile(int64_t depth, const bf16* a, int64_t l
   const auto step = [&](int64_t k, bool both) LAMBDA {
     __m512bh row[NV];
 #pragma GCC unroll 16
-    for (int v = 0; v < NV; ++v) row[v] = (__m512bh)_mm512_loadu_si512(b + k * kColumns + v * 2 * W);
+    for (int v = 0; v < NV; ++v) {
+      row[v] = (__m512bh)_mm512_loadu_si512(b + k * kColumns + v * 2 * W);
+      ask_ahead(b + k * kColumns + v * 2 * W);
+    }
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m) {
       const __m512bh x = (__m512bh)pair_at(a + m * lda + k, both);
