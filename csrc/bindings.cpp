@@ -164,14 +164,6 @@ void attention_bwd(Arg dout_, Arg qkv_, Arg rel_bias_, Arg out_, Arg lse_, Arg c
   });
 }
 
-PoolMode pool_mode(const std::string& name) {
-  // In the order of PoolMode.
-  constexpr const char* names[] = {"cls", "lasttoken", "max", "mean", "mean_sqrt_len_tokens", "weightedmean"};
-  for (int i = 0; i < 6; ++i)
-    if (name == names[i]) return static_cast<PoolMode>(i);
-  throw py::value_error("unknown pooling mode '" + name + "'");
-}
-
 void pool_fwd(Arg hidden_, Arg cu_seqlens_, Arg out_, Arg argmax_, const std::string& mode_name) {
   VIEW(hidden); VIEW(cu_seqlens); VIEW(out); VIEW(argmax);
   const int64_t T = hidden.expect_float().expect_ndim(2).size(0), D = hidden.columns();

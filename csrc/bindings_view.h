@@ -6,6 +6,7 @@
 #include <string>
 
 #include "dlpack.h"
+#include "kernels.h"
 
 namespace fastbert {
 
@@ -146,6 +147,13 @@ inline int64_t check_cu_seqlens(const View& cu, int64_t num_tokens, int64_t max_
                                ", expected 0 to max_seqlen = " + std::to_string(max_seqlen));
   }
   return S;
+}
+
+inline PoolMode pool_mode(const std::string& name) {
+  constexpr const char* kNames[] = {"cls", "lasttoken", "max", "mean", "mean_sqrt_len_tokens", "weightedmean"};  // in its order
+  for (int i = 0; i < 6; ++i)
+    if (name == kNames[i]) return static_cast<PoolMode>(i);
+  throw py::value_error("unknown pooling mode '" + name + "'");
 }
 
 // The view `x` of the argument `x_`, which errors call "x".

@@ -236,6 +236,20 @@ void Encoder<T>::forward(const Tokens& tokens, std::int64_t max_seqlen, Stored<T
   }
 }
 
+template <class T>
+void Encoder<T>::forward_pooled(const Tokens& tokens, std::int64_t max_seqlen, PoolMode mode, Stored<T>* out,
+                                int num_threads) {
+  const std::int64_t S = tokens.last, T_ = tokens.cu_seqlens[S], D = weights_.D;
+  const std::int64_t places = mode == PoolMode::max ? S * D * sizeof(std::int32_t) : 0;
+  const std::int64_t hidden_bytes = round_up(T_ * D * sizeof(Stored<T>), 64);
+  Memory memory = borrow(hidden_bytes + places);
+  auto* hidden = reinterpret_cast<Stored<T>*>(memory.get());
+  forward(tokens, max_seqlen, hidden, num_threads);
+  auto* argmax = places ? reinterpret_cast<std::int32_t*>(memory.get() + hidden_bytes) : nullptr;
+  kernels<Stored<T>>().pool_fwd(hidden, tokens.cu_seqlens, out, argmax, S, D, mode);
+  give_back(std::move(memory));
+}
+
 template class Encoder<float>;
 template class Encoder<bf16>;
 template class Encoder<std::int8_t>;

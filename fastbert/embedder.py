@@ -54,7 +54,7 @@ class _Step:
 
     rows: list[int]
     batch: PackedBatch
-    hidden_TD: torch.Tensor
+    hidden_TD: torch.Tensor | None
     vectors_SD: torch.Tensor
     num_truncated: int
 
@@ -197,20 +197,27 @@ class Embedder:
 
     @torch.inference_mode()
     def _steps(
-        self, texts: Sequence[Text], prompt: str, batch_size: int | None, token_budget: int | None
+        self, texts: Sequence[Text], prompt: str, batch_size: int | None, token_budget: int | None, keep: bool = False
     ) -> Iterator[_Step]:
-        """Compute texts batch by batch, part of the list by part, in each the longest texts first."""
+        """Compute texts batch by batch, part of the list by part, in each the longest texts first; `keep` the hidden
+        states, which vectors alone may do without."""
         tokenizer, device = self.tokenizer, self.device
         prompt_length = tokenizer.prompt_length(prompt) if prompt and not self.pooling.include_prompt else 0
+        mode = self.pooling.modes[0] if len(self.pooling.modes) == 1 and not prompt_length and not keep else None
         if token_budget is None:
             token_budget = TOKENS_PER_THREAD * torch.get_num_threads() if device.type == "cpu" else TOKENS_PER_GPU
         for first, encoded in encode_windows(tokenizer, texts, prompt, token_budget):
             for rows in token_batches([len(ids) for ids in encoded.ids], token_budget, batch_size):
                 types = None if encoded.type_ids is None else [encoded.type_ids[i] for i in rows]
                 batch = pack([encoded.ids[i] for i in rows], types, self.model.position_offset)
-                hidden_TD = self.model.forward_packed(batch)  # which stages what lies on the host
-                cu_seqlens = batch.cu_seqlens.to(device, non_blocking=True)
-                vectors_SD = self.modules(self.pooling(hidden_TD, cu_seqlens, prompt_length).float())
+                hidden_TD = None
+                if mode is not None:  # which stages what lies on the host
+                    pooled_SD = self.model.pool_packed(batch, mode)
+                else:
+                    hidden_TD = self.model.forward_packed(batch)
+                    cu_seqlens = batch.cu_seqlens.to(device, non_blocking=True)
+                    pooled_SD = self.pooling(hidden_TD, cu_seqlens, prompt_length)
+                vectors_SD = self.modules(pooled_SD.float())
                 num_truncated = sum(encoded.truncated[i] for i in rows)
                 yield _Step([first + i for i in rows], batch, hidden_TD, vectors_SD, num_truncated)
 
@@ -333,7 +340,8 @@ class Embedder:
         truncate_dim = self.truncate_dim if truncate_dim is None else truncate_dim
         outputs: list[dict[str, torch.Tensor]] = [{} for _ in texts]
         num_truncated = 0
-        for step in self._steps(texts, prompt, batch_size, token_budget):
+        for step in self._steps(texts, prompt, batch_size, token_budget, keep=True):
+            assert step.hidden_TD is not None
             num_truncated += step.num_truncated
             ids, states = step.batch.split(step.batch.input_ids), step.batch.split(step.hidden_TD.float())
             for row, *values in zip(step.rows, ids, states, step.vectors_SD[:, :truncate_dim], strict=True):

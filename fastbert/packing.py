@@ -240,6 +240,8 @@ def token_batches(lengths: Sequence[int], budget_tokens: int, max_sequences: int
     Returns:
         Lists of indices into `lengths`; each index occurs once. A sequence over the budget has a batch of its own.
     """
+    if len(lengths) == 1 and budget_tokens > 0 and max_sequences is None:
+        return [[0]]
     order, bounds = plan_batches(torch.as_tensor(lengths, dtype=torch.int64), budget_tokens, max_sequences)
     indices = order.tolist()
     return [indices[lo:hi] for lo, hi in pairwise(bounds)]

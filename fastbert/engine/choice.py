@@ -51,6 +51,10 @@ def use_engine(mode: str) -> Iterator[None]:
         _mode = before
 
 
+def _device(model: EncoderModel) -> torch.device:
+    return model.embeddings.word_embeddings.weight.device  # `model.device` walks over all modules
+
+
 def _circumstances(model: EncoderModel) -> str | None:
     """Why a call made now runs as ops, whatever the model is made of."""
     if _mode == "off":
@@ -59,7 +63,7 @@ def _circumstances(model: EncoderModel) -> str | None:
         return "autograd records: call under torch.no_grad() or torch.inference_mode() for the engine"
     if model.training:
         return "the model is in training mode: call model.eval() for the engine"
-    device = model.device.type
+    device = _device(model).type
     if device not in _ENGINES:
         return f"there is no engine for {device}"
     if device == "cpu" and forced_backend() is not None:
@@ -92,16 +96,19 @@ def _engine(model: EncoderModel) -> Engine | str:
         return made
 
 
-def run(model: EncoderModel, batch: PackedBatch) -> torch.Tensor | None:
-    """Hidden states (T, D) of the last layer, or None where the call must run as ops.
+def run(model: EncoderModel, batch: PackedBatch, pooling: str | None = None) -> torch.Tensor | None:
+    """Hidden states (T, D) of the last layer, or None where the call must run as ops. A mode of `ops.pool` asks for
+    vectors (S, D) instead, which the CPU's engine makes in the same call: None from others.
 
     Raises:
         IndexError: ids outside a table.
     """
-    if _circumstances(model) or batch.input_ids.device.type not in ("cpu", model.device.type):
+    if _circumstances(model) or batch.input_ids.device.type not in ("cpu", _device(model).type):
         return None
     engine = _engine(model)
-    return None if isinstance(engine, str) else engine.run(batch)
+    if isinstance(engine, cpu.Engine):
+        return engine.run(batch, pooling)
+    return None if isinstance(engine, str) or pooling is not None else engine.run(batch)
 
 
 def release_weights(model: PreTrainedModel) -> None:

@@ -168,20 +168,21 @@ class Engine:
             return False
         return parts_of(model) == self._watch.parts and self._watch.same()
 
-    def run(self, batch: PackedBatch) -> torch.Tensor:
-        """PackedBatch on the CPU -> hidden states (T, D) of the last layer.
+    def run(self, batch: PackedBatch, pooling: str | None = None) -> torch.Tensor:
+        """PackedBatch on the CPU -> hidden states (T, D) of the last layer; with a mode of `ops.pool`, vectors (S, D).
 
         Raises:
             IndexError: ids outside a table.
             ValueError: `cu_seqlens` or `max_seqlen` that do not fit the tokens.
         """
-        hidden_TD = torch.empty(batch.num_tokens, self._width, dtype=self.dtype)
+        rows = batch.num_tokens if pooling is None else batch.num_sequences
+        out = torch.empty(rows, self._width, dtype=self.dtype)
         types = None if batch.type_ids is None or not self._has_types else batch.type_ids.contiguous()
         self._encoder.forward(
             batch.input_ids.contiguous(), batch.position_ids.contiguous(), types, batch.cu_seqlens.contiguous(),
-            hidden_TD, batch.max_seqlen, torch.get_num_threads(),
+            out, batch.max_seqlen, torch.get_num_threads(), pooling,
         )  # fmt: skip
-        return hidden_TD
+        return out
 
     def __str__(self) -> str:
         exact = self._is_float32 and not self._high and _asks_for_high()

@@ -265,13 +265,24 @@ class EncoderModel(PreTrainedModel):
         A batch on the host is staged by the engine, or copied to where the model is.
         """
         recorded = trace is not None and (trace.hidden_states is not None or trace.attentions is not None)
-        traced = torch.compiler.is_compiling()
-        if not (self.training or recorded or inputs_embeds is not None or torch.is_grad_enabled() or traced):
+        if self._may_use_engine() and not recorded and inputs_embeds is None:
             hidden_TD = _engines().run(self, batch)
             if hidden_TD is not None:
                 return hidden_TD
         batch = batch.to(self.embeddings.word_embeddings.weight.device, non_blocking=True)
         return self.encoder(self.embed(batch, inputs_embeds), batch, trace or Trace())
+
+    def pool_packed(self, batch: PackedBatch, mode: str) -> torch.Tensor:
+        """PackedBatch -> one vector a sequence, (S, D): `ops.pool` of `forward_packed`, by an engine in one go."""
+        if self._may_use_engine():
+            vectors_SD = _engines().run(self, batch, mode)
+            if vectors_SD is not None:
+                return vectors_SD
+        hidden_TD = self.forward_packed(batch)
+        return pool(hidden_TD, batch.cu_seqlens.to(hidden_TD.device, non_blocking=True), mode)
+
+    def _may_use_engine(self) -> bool:
+        return not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
 
     def encode_packed(self, batch: PackedBatch) -> Encoded:
         """What the heads' `logits` start from, without the padded call: `head.logits(model.encode_packed(batch))`."""
