@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from fastbert.hub import DEFAULT_MODEL, resolve
 from fastbert.models.activations import activation
 from fastbert.models.encoder import EncoderModel
 from fastbert.models.quantize import Int8Linear, quantize_int8
+from fastbert.ops import pool
+from fastbert.ops.pool import MODES
 from fastbert.packing import PackedBatch, pack
 from fastbert.testing import assert_within_budget
 
@@ -379,10 +382,10 @@ def _rel_bias_transposed(monkeypatch):
 def _boundary_off_by_one(monkeypatch):
     run = cpu.Engine.run
 
-    def shifted(self, batch):
+    def shifted(self, batch, pooling=None):
         cu = batch.cu_seqlens.clone()
         cu[1] += 1
-        return run(self, PackedBatch(batch.input_ids, batch.position_ids, batch.type_ids, cu, batch.max_seqlen))
+        return run(self, dataclasses.replace(batch, cu_seqlens=cu), pooling)
 
     monkeypatch.setattr(cpu.Engine, "run", shifted)
 
@@ -450,6 +453,34 @@ def test_batches_at_the_edge(lengths):
 def test_a_batch_without_tokens():
     model = build("bert")
     assert engine_run(model, pack([[], []])).shape == (0, 48)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_vectors_are_the_pooled_hidden_states(mode, dtype):
+    model = build("bert").to(dtype)
+    batch = batch_of(model)
+    with torch.inference_mode():
+        vectors = model.pool_packed(batch, mode)
+        assert torch.equal(vectors, pool(engine_run(model, batch), batch.cu_seqlens, mode))
+        with use_engine("off"):
+            assert torch.equal(
+                model.pool_packed(batch, mode), pool(model.forward_packed(batch), batch.cu_seqlens, mode)
+            )
+    assert not vectors[LENGTHS.index(0)].any()
+    assert vectors.abs().sum(-1).count_nonzero() == len(LENGTHS) - 1
+    assert model.pool_packed(batch, mode).requires_grad, "where autograd records, it runs on ops"
+
+
+def test_pooling_takes_known_modes_and_a_row_a_sequence():
+    model = build("bert")
+    batch = batch_of(model)
+    with torch.inference_mode(), pytest.raises(ValueError, match="unknown pooling mode 'middle'"):
+        model.pool_packed(batch, "middle")
+    engine = cpu.compile(model)
+    given = (batch.input_ids, batch.position_ids, None, batch.cu_seqlens)
+    with pytest.raises(ValueError, match="out"):
+        engine._encoder.forward(*given, torch.empty(batch.num_tokens, 48), batch.max_seqlen, 1, "mean")
 
 
 def test_fully_masked_rows_give_zeros():
