@@ -285,6 +285,18 @@ def test_every_step_of_the_gpu_benchmark(tmp_path, monkeypatch, capsys):
         assert f"\n{section}: " in out
 
 
+def test_a_gpu_machine_may_have_torch_and_triton_alone(monkeypatch):
+    """And no git, nor fastbert installed: a checkout."""
+    absent = ("huggingface_hub", "safetensors", "tokenizers", "transformers", "rich", "typer", "numpy")
+    code = (
+        f"import sys; sys.modules |= dict.fromkeys({absent})\nimport benchmarks.gpu.__main__, fastbert.kernels.__main__"
+    )
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=suite.SOURCE, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    monkeypatch.setattr(harness.shutil, "which", lambda name: None)
+    assert harness.commit.__wrapped__().startswith("fastbert-engine 0.")
+
+
 def test_the_gpu_benchmark_keeps_to_its_box(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
     monkeypatch.setattr(gpu, "correct", lambda *_: None)
