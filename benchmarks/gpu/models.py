@@ -10,6 +10,7 @@ import torch
 from benchmarks.gpu.peers import compiled_peers, hugging_face, peers
 from benchmarks.gpu.report import Report, Run, Setting, checked, forced
 from fastbert import BertConfig, BertModel, ops, use_engine
+from fastbert.engine import cuda
 from fastbert.packing import PackedBatch, pack
 
 
@@ -33,6 +34,22 @@ def engine_run(model: BertModel, batch: PackedBatch, at: Setting) -> Run:
     with torch.inference_mode():
         print(forced(model.execution_plan, at)())
     return run
+
+
+def graph_alone(model: BertModel, batch: PackedBatch, at: Setting) -> Run:
+    """The engine's graph without what a call does before and after it: the difference is the host's."""
+    made: list[cuda._Bucket] = []
+
+    def call() -> torch.Tensor:
+        if not made:
+            engine = cuda.compile(model)
+            if isinstance(engine, str):
+                raise RuntimeError(engine)
+            made.append(engine._loaded(batch))
+        made[0].replay()
+        return made[0].hidden[: batch.num_tokens]
+
+    return forced(call, at)
 
 
 def eager(model: BertModel, batch: PackedBatch) -> torch.Tensor:
@@ -62,6 +79,8 @@ def inference(report: Report) -> Iterator[None]:
                     "fastbert": engine_run(model, batch, at),
                     "fastbert ops": forced(partial(eager, model, batch), at),
                 }
+                if len(lengths) == 1:
+                    runs["fastbert graph"] = graph_alone(model, batch, at)
                 runs |= peers(model, theirs, batch)
                 with ops.use_backend("reference"):
                     right = eager(model, batch)

@@ -16,7 +16,7 @@ from fastbert.ops import dispatch
 BACKEND = "triton"
 NEED_KERNELS = ("fused", "torch._scaled_mm")
 OURS = ("fastbert", "fused", "float8")
-OWN = (*OURS, "fastbert ops")
+OWN = (*OURS, "fastbert ops", "fastbert graph")
 Run = Callable[[], Any]
 
 
