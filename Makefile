@@ -4,7 +4,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
-GPU_TESTS := $(addprefix tests/test_,ops.py kernels.py tiles.py linear.py cuda_engine.py)
+GPU_TESTS := $(addprefix tests/test_,ops.py kernels.py linear.py cuda_engine.py cuda.py)
+GPU_PYTEST = $(PYTHON) -m pytest -o addopts= -q --strict-markers -p no:cacheprovider -m gpu
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 
 .PHONY: help demo build check test test-sanitized test-gpu docs bench bench-gpu wheel size clean
@@ -31,12 +32,11 @@ test-sanitized: .venv/.test .venv/.weights  ## the C++ extension under the addre
 	  LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 	  $(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider -n auto -q tests/test_native.py tests/test_high.py tests/test_engine.py
 
-test-gpu:  ## kernels, engine and CUDA part, compiled, in fp32, fp16 and bf16: needs only torch, triton and pytest
+test-gpu:  ## kernels, engine and CUDA part, compiled, in fp32, fp16 and bf16: needs torch, triton, numpy and pytest
 	@$(PYTHON) setup.py -q build_ext --inplace || echo "no native extension: its tests are skipped"
-	@$(PYTHON) -m pytest -o addopts= -q --strict-markers -p no:cacheprovider $(GPU_TESTS) $(wildcard tests/test_cuda.py)
-	@if command -v compute-sanitizer >/dev/null && test -f tests/test_cuda.py; then \
-	  compute-sanitizer --error-exitcode 9 $(PYTHON) -m pytest -o addopts= -q -p no:cacheprovider tests/test_cuda.py; \
-	else echo "compute-sanitizer or the CUDA part is not here: not run"; fi
+	@$(GPU_PYTEST) $$($(PYTHON) -c "import xdist; print('-n 8')" 2>/dev/null) $(GPU_TESTS)
+	@if command -v compute-sanitizer >/dev/null; then compute-sanitizer --error-exitcode 9 $(GPU_PYTEST) tests/test_cuda.py; \
+	else echo "compute-sanitizer is not here: not run"; fi
 
 docs: .venv/.test  ## the documentation site, without a warning, into site/
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q

@@ -15,12 +15,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import date
 from functools import cache, partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import fastbert
 from fastbert import native
 
 COMMITTED = Path(__file__).parent / "results"
@@ -188,7 +188,7 @@ def commit() -> str:
     found = (
         subprocess.run(run, capture_output=True, text=True, cwd=Path(__file__).parent) if shutil.which("git") else None
     )
-    return (found and found.stdout.strip()) or f"fastbert-engine {version('fastbert-engine')}"
+    return (found and found.stdout.strip()) or f"fastbert-engine {fastbert.__version__}"
 
 
 def load() -> float:

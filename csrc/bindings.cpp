@@ -133,8 +133,8 @@ int64_t check_rel_bias(const View& rel_bias, int64_t H) {
   return num_offsets;
 }
 
-void attention_fwd(Arg qkv_, Arg rel_bias_, Arg cu_seqlens_, Arg out_, Arg lse_, int64_t max_seqlen, float scale,
-                   double p, int64_t seed) {
+void attention_fwd(Arg qkv_, Arg rel_bias_, Arg cu_seqlens_, Arg out_, Arg lse_, int64_t max_seqlen, int64_t half,
+                   float scale, double p, int64_t seed) {
   VIEW(qkv); VIEW(rel_bias); VIEW(cu_seqlens); VIEW(out); VIEW(lse);
   qkv.expect_float().expect_ndim(4);
   const int64_t T = qkv.size(0), H = qkv.size(2), K = qkv.size(3);
@@ -142,13 +142,13 @@ void attention_fwd(Arg qkv_, Arg rel_bias_, Arg cu_seqlens_, Arg out_, Arg lse_,
   out.expect_like(qkv, {T, H, K});
   lse.expect(Dtype::float32, {T, H});
   launch(qkv, [&](auto& k) {
-    k.attention_fwd(qkv, rel_bias, cu_seqlens, out, lse, S, H, K, num_offsets, max_seqlen, scale,
+    k.attention_fwd(qkv, rel_bias, cu_seqlens, out, lse, S, H, K, num_offsets, max_seqlen, half, scale,
                     make_dropout(p, seed));
   });
 }
 
 void attention_bwd(Arg dout_, Arg qkv_, Arg rel_bias_, Arg out_, Arg lse_, Arg cu_seqlens_, Arg dqkv_, Arg drel_bias_,
-                   int64_t max_seqlen, float scale, double p, int64_t seed) {
+                   int64_t max_seqlen, int64_t half, float scale, double p, int64_t seed) {
   VIEW(dout); VIEW(qkv); VIEW(rel_bias); VIEW(out); VIEW(lse); VIEW(cu_seqlens); VIEW(dqkv); VIEW(drel_bias);
   qkv.expect_float().expect_ndim(4);
   const int64_t T = qkv.size(0), H = qkv.size(2), K = qkv.size(3);
@@ -159,8 +159,8 @@ void attention_bwd(Arg dout_, Arg qkv_, Arg rel_bias_, Arg out_, Arg lse_, Arg c
   if (drel_bias.present() != rel_bias.present()) drel_bias.fail<py::value_error>("goes with rel_bias, and only with it");
   drel_bias.expect_like(rel_bias);
   launch(qkv, [&](auto& k) {
-    k.attention_bwd(dout, qkv, rel_bias, out, lse, cu_seqlens, dqkv, drel_bias, S, H, K, num_offsets, max_seqlen, scale,
-                    make_dropout(p, seed));
+    k.attention_bwd(dout, qkv, rel_bias, out, lse, cu_seqlens, dqkv, drel_bias, S, H, K, num_offsets, max_seqlen, half,
+                    scale, make_dropout(p, seed));
   });
 }
 

@@ -57,13 +57,14 @@ struct Kernels {
 
   // qkv (T, 3, H, K) -> out (T, H, K), lse (T, H); softmax of scale * QK^T within each sequence. With rel_bias (H,
   // num_offsets) the score of query i and key j gains column j - i + num_offsets / 2, the nearest one where that is out.
+  // Keys more than `half` away are not seen.
   void (*attention_fwd)(const T* qkv, const float* rel_bias, const std::int32_t* cu_seqlens, T* out, float* lse,
                         std::int64_t S, std::int64_t H, std::int64_t K, std::int64_t num_offsets,
-                        std::int64_t max_seqlen, float scale, Dropout dropout);
+                        std::int64_t max_seqlen, std::int64_t half, float scale, Dropout dropout);
   void (*attention_bwd)(const T* dout, const T* qkv, const float* rel_bias, const T* out, const float* lse,
                         const std::int32_t* cu_seqlens, T* dqkv, float* drel_bias, std::int64_t S, std::int64_t H,
-                        std::int64_t K, std::int64_t num_offsets, std::int64_t max_seqlen, float scale,
-                        Dropout dropout);
+                        std::int64_t K, std::int64_t num_offsets, std::int64_t max_seqlen, std::int64_t half,
+                        float scale, Dropout dropout);
 
   // hidden (T, D) -> out (S, D); argmax (S, D) is the token of each maximum, -1 in an empty sequence (mode max only).
   void (*pool_fwd)(const T* hidden, const std::int32_t* cu_seqlens, T* out, std::int32_t* argmax, std::int64_t S,

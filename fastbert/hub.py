@@ -7,10 +7,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
-from huggingface_hub import constants
-from huggingface_hub.errors import HFValidationError
-
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 
 # Models that an installable package carries: hub id -> (module, folder in it, distribution).
@@ -59,6 +55,9 @@ def resolve(
     tried = [f"local folder {str(path)!r}: {'is a file, not a folder' if path.is_file() else 'does not exist'}"]
     looks_local = path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1
     if not looks_local:
+        from huggingface_hub import constants  # here, as kernels and models run where only torch is installed
+        from huggingface_hub.errors import HFValidationError
+
         name = str(name)
         ids = [name] if "/" in name else [name, f"sentence-transformers/{name}"]
         offline = local_files_only or constants.HF_HUB_OFFLINE
@@ -95,6 +94,8 @@ def resolve(
 
 
 def _snapshot(repo_id: str, **options: Any) -> Path:
+    import huggingface_hub
+
     return Path(str(huggingface_hub.snapshot_download(repo_id, **options)))
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ _DTYPES = {
     "embed": _FLOATS,
     "attention": _FLOATS,
     "attention_rel_bias": _FLOATS,
+    "attention_window": _FLOATS,
     "add_layer_norm": _FLOATS,
     "gelu": _FLOATS,
     "pool": _FLOATS,
@@ -223,49 +225,56 @@ def embed_bwd(
     return *grads, dweight.to(weight.dtype), dbias.to(weight.dtype)  # type: ignore[return-value]
 
 
-def attention_fwd(
-    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, dropout_p: float, seed: int
+def _attention_fwd(
+    qkv: Tensor, rel_bias: Tensor | None, half: int | None, cu_seqlens: Tensor, max_seqlen: int, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    """out (T, H, K), and the log-sum-exp (T, H) fp32 of the scaled scores."""
-    return attention_rel_bias_fwd(qkv, None, cu_seqlens, max_seqlen, scale, dropout_p, seed)
-
-
-def attention_bwd(
-    dout: Tensor,
-    qkv: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    scale: float,
-    dropout_p: float,
-    seed: int,
-) -> Tensor:
-    """dqkv (T, 3, H, K)."""
-    return attention_rel_bias_bwd(dout, qkv, None, out, lse, cu_seqlens, max_seqlen, scale, dropout_p, seed)[0]
-
-
-def attention_rel_bias_fwd(
-    qkv: Tensor, rel_bias: Tensor | None, cu_seqlens: Tensor, max_seqlen: int, scale: float, dropout_p: float, seed: int
-) -> tuple[Tensor, Tensor]:
-    """out (T, H, K), and the log-sum-exp (T, H) fp32 of the scaled and biased scores; `rel_bias` may be None."""
     T, _, H, K = qkv.shape
     out, lse = qkv.new_empty(T, H, K), qkv.new_empty(T, H, dtype=torch.float32)
-    wide = None if rel_bias is None else _parameter(rel_bias)
-    require().attention_fwd(qkv, wide, cu_seqlens.contiguous(), out, lse, max_seqlen, scale, dropout_p, seed)
+    half = max_seqlen if half is None else min(half, max_seqlen)
+    require().attention_fwd(qkv, _optional(rel_bias), cu_seqlens.contiguous(), out, lse, max_seqlen, half, *rest)
     return out, lse
 
 
-def attention_rel_bias_bwd(
-    dout: Tensor, qkv: Tensor, rel_bias: Tensor | None, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int,
-    scale: float, dropout_p: float, seed: int,
+def _attention_bwd(
+    dout: Tensor, qkv: Tensor, rel_bias: Tensor | None, half: int | None, out: Tensor, lse: Tensor, cu_seqlens: Tensor,
+    max_seqlen: int, *rest: Any,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """dqkv (T, 3, H, K), and drel_bias (H, 2R - 1) where there is a bias."""
-    dqkv, cu = torch.empty_like(qkv), cu_seqlens.contiguous()
-    wide = None if rel_bias is None else _parameter(rel_bias)
+    dqkv, cu, wide = torch.empty_like(qkv), cu_seqlens.contiguous(), _optional(rel_bias)
     dwide = None if wide is None else torch.empty_like(wide)
-    require().attention_bwd(dout, qkv, wide, out, lse, cu, dqkv, dwide, max_seqlen, scale, dropout_p, seed)
+    half = max_seqlen if half is None else min(half, max_seqlen)
+    require().attention_bwd(dout, qkv, wide, out, lse, cu, dqkv, dwide, max_seqlen, half, *rest)
     return dqkv, None if dwide is None or rel_bias is None else dwide.to(rel_bias.dtype)
+
+
+def attention_fwd(qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed -> out (T, H, K), and the log-sum-exp (T, H) fp32 of the
+    scaled scores."""
+    return _attention_fwd(qkv, None, None, *rest)
+
+
+def attention_bwd(dout: Tensor, qkv: Tensor, *rest: Any) -> Tensor:
+    """dout, qkv, out, lse and the rest as in `attention_fwd` -> dqkv (T, 3, H, K)."""
+    return _attention_bwd(dout, qkv, None, None, *rest)[0]
+
+
+def attention_window_fwd(qkv: Tensor, window: int, *rest: Any) -> tuple[Tensor, Tensor]:
+    """As `attention_fwd`, of the keys at most `window // 2` away."""
+    return _attention_fwd(qkv, None, window // 2, *rest)
+
+
+def attention_window_bwd(dout: Tensor, qkv: Tensor, window: int, *rest: Any) -> Tensor:
+    """As `attention_bwd`."""
+    return _attention_bwd(dout, qkv, None, window // 2, *rest)[0]
+
+
+def attention_rel_bias_fwd(qkv: Tensor, rel_bias: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """As `attention_fwd`, with a bias (H, 2R - 1)."""
+    return _attention_fwd(qkv, rel_bias, None, *rest)
+
+
+def attention_rel_bias_bwd(dout: Tensor, qkv: Tensor, rel_bias: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None]:
+    """As `attention_bwd`, and drel_bias (H, 2R - 1)."""
+    return _attention_bwd(dout, qkv, rel_bias, None, *rest)
 
 
 def pool_fwd(hidden: Tensor, cu_seqlens: Tensor, mode: str) -> tuple[Tensor, Tensor | None]:

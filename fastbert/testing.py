@@ -265,6 +265,7 @@ CASES: list[Case] = [
     Case("attention_window", "ragged", _attention_window(_RAGGED, 3, 5, 6)),
     Case("attention_window", "wider_than_all", _attention_window(_RAGGED, 3, 8, 100)),
     *(Case("attention_window", f"window_{w}", _attention_window([150, 2, 40], 2, 16, w)) for w in (63, 64, 130)),
+    Case("attention_window", "bert_base", _attention_window([140, 7, 40], 12, 64, 64)),
     Case("attention_window", "dropout", _attention_window([70, 5], 3, 8, 20, p=0.2)),
     *(Case("pool", f"ragged_{mode}", _pool(_RAGGED, 13, mode)) for mode in MODES),
     *(Case("pool", f"bert_base_{mode}", _pool([128, 7, 40], 768, mode)) for mode in ("mean", "max")),

@@ -12,9 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 State = MutableMapping[str, torch.Tensor]
@@ -169,6 +166,9 @@ def _load_sharded(index: Path) -> dict[str, torch.Tensor]:
 
 def _load_file(path: Path) -> dict[str, torch.Tensor]:
     if path.suffix == ".safetensors":
+        from safetensors import SafetensorError  # here, as a model without files needs torch alone
+        from safetensors.torch import load_file
+
         try:
             return load_file(path)
         except (SafetensorError, ValueError, OSError, RuntimeError) as error:
@@ -205,6 +205,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def save_weights(state: Mapping[str, torch.Tensor], folder: Path, max_shard_size: int | str = "5GB") -> None:
     """Write `model.safetensors`, or shards and their index, each file replaced atomically."""
+    from huggingface_hub import save_torch_state_dict
+
     whole = {name: _own_storage(tensor.detach()) for name, tensor in state.items()}
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
         save_torch_state_dict(whole, scratch, max_shard_size=max_shard_size, metadata={"format": "pt"})

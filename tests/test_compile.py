@@ -26,7 +26,9 @@ from fastbert.models import (
     RobertaConfig,
     RobertaModel,
 )
+from fastbert.models.quantize import quantize_float8, quantize_int8
 from fastbert.ops import registered
+from fastbert.ops.int8_linear import quantize_rows
 from fastbert.packing import pack
 from fastbert.testing import CASES, PUBLIC, forward_backward
 
@@ -68,8 +70,8 @@ class Nodes(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-# Only a kernel is a node: the reference of attention looks at lengths, and the CPU has no kernel for windows.
-NODES = [case for case in CASES if native.supports(case.op, "cpu", torch.float32)] if native.available() else []
+# Only a kernel is a node: the reference of attention looks at lengths.
+NODES = CASES if native.available() else []
 
 
 @pytest.mark.parametrize("case", NODES, ids=str)
@@ -165,6 +167,21 @@ def test_inference_without_autograd_is_traced_too():
         expected = model.base_model.forward_packed(batch)
         found = compiled(model.base_model.forward_packed)(batch)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("quantize", [quantize_int8, quantize_float8], ids=lambda f: f.__name__)
+def test_a_quantised_model_is_traced_whole(quantize):
+    torch.manual_seed(0)
+    model, batch = quantize(BertModel(BertConfig(**SMALL)).eval()), pack([[1, 2, 3], [4, 5]])
+    with torch.no_grad(), fastbert.use_engine("off"):
+        torch.testing.assert_close(compiled(model.forward_packed)(batch), model.forward_packed(batch), rtol=0, atol=0)
+
+
+def test_products_of_8_bits_are_nodes():
+    weight, scale = quantize_rows(torch.randn(24, 16))
+    torch.library.opcheck(registered.int8_linear_fwd.default, (torch.randn(5, 16), weight, scale, torch.randn(24)))
+    x, eight = torch.empty(5, 16, device="meta"), torch.empty(24, 16, dtype=torch.float8_e4m3fn, device="meta")
+    assert registered.float8_linear_fwd(x, eight, torch.empty(24, device="meta"), None).shape == (5, 24)
 
 
 def test_a_graph_under_another_backend_says_so():

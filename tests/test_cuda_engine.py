@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import fastbert
 from fastbert import kernels, native, use_backend, vectors
 from fastbert.engine import choice, cuda, cuda_layers, use_engine
 from fastbert.engine.dtypes import resolve_dtype
+from fastbert.hub import DEFAULT_MODEL, PACKAGED
 from fastbert.models.encoder import EncoderModel
 from fastbert.models.quantize import Float8Linear, loaded_dtype, quantize_float8, quantize_int8
 from fastbert.packing import PackedBatch, pack
@@ -39,9 +41,6 @@ MODELS = {
 LENGTHS = [5, 1, 0, 24, 7]
 BACKEND = "triton" if kernels.interpreted() else "native"
 
-pytestmark = pytest.mark.skipif(
-    BACKEND == "native" and not native.available(), reason="the native extension was not built"
-)
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
@@ -80,7 +79,9 @@ def chain(model: EncoderModel, batch: PackedBatch) -> torch.Tensor:
 
 
 @pytest.fixture(autouse=True)
-def backend():
+def backend(request):
+    if BACKEND == "native" and not native.available() and not request.node.get_closest_marker("gpu"):
+        pytest.skip("the native extension was not built")
     with use_backend(BACKEND):
         yield
 
@@ -435,6 +436,7 @@ def test_a_batch_on_the_host_is_moved_where_no_engine_stages_it():
 
 @pytest.mark.gpu
 @gpu
+@pytest.mark.skipif(find_spec(PACKAGED[DEFAULT_MODEL][0]) is None, reason="needs weights: requirements-weights.txt")
 def test_embedder_on_a_gpu_equals_its_own_ops(minilm):
     embedder = fastbert.Embedder.from_pretrained(minilm, device="cuda", dtype="float32")
     texts = [f"text {'word ' * (i % 40)}{i}" for i in range(300)]

@@ -50,7 +50,7 @@ FLOORS = {
 DEFAULT_BUDGET = 300
 BUDGETS = {
     "__init__.py": 70,
-    "native.py": 340,
+    "native.py": 345,
     "packing.py": 270,
     "models/encoder.py": 390,
     "models/__init__.py": 170,

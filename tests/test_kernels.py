@@ -27,6 +27,8 @@ import triton.language as tl
 from fastbert.kernels import add_layer_norm, ahead, attention, common, configs
 
 interpreted = pytest.mark.skipif(not kernels.interpreted(), reason="runs in the process with TRITON_INTERPRET=1")
+DEVICE = "cuda" if torch.cuda.is_available() and not kernels.interpreted() else "cpu"
+on_kernels = pytest.mark.gpu if DEVICE == "cuda" else interpreted
 compiled = pytest.mark.skipif(kernels.interpreted(), reason="the interpreter compiles nothing")
 
 OPS = sorted({case.op for case in testing.CASES})
@@ -146,13 +148,13 @@ def test_mutant_fails(monkeypatch, name, module, attribute, mutant):
 # Properties of the token grid.
 
 
-@interpreted
+@on_kernels
 def test_tokens_after_the_last_sequence_are_inert(poisoned_empty):
     """A batch may be a bucket of a fixed T: what lies after the last sequence changes nothing and gets zeros."""
-    inputs = _case("attention-ragged").inputs(torch.float32)
+    inputs = _case("attention-ragged").inputs(torch.float32, DEVICE)
     qkv, cu = inputs["qkv"].detach(), inputs["cu_seqlens"]
     T, rest = qkv.shape[0], (cu, 24, 0.3, 0.2, 5)
-    bucket = torch.cat([qkv, torch.full((40, *qkv.shape[1:]), float("nan"))])
+    bucket = torch.cat([qkv, qkv.new_full((40, *qkv.shape[1:]), float("nan"))])
     (out, lse), (alone, lse_alone) = attention.attention_fwd(bucket, *rest), attention.attention_fwd(qkv, *rest)
     assert torch.equal(out[:T], alone)
     assert (out[T:] == 0).all()
@@ -160,37 +162,38 @@ def test_tokens_after_the_last_sequence_are_inert(poisoned_empty):
     assert torch.equal(dqkv[:T], attention.attention_bwd(torch.ones_like(alone), qkv, alone, lse_alone, *rest))
 
 
-@interpreted
+@on_kernels
 def test_maximum_of_nan_infinity_and_ties(poisoned_empty):
     nan, inf = float("nan"), float("inf")
     hidden = torch.tensor([[1.0, nan, -inf, inf, 2.0], [1.0, inf, -inf, nan, 3.0], [0.0, nan, -inf, inf, 3.0]])
     cu = torch.tensor([0, 0, 3], dtype=torch.int32)
-    out, argmax = kernels.pool_fwd(hidden, cu, "max")
+    out, argmax = (x.cpu() for x in kernels.pool_fwd(hidden.to(DEVICE), cu.to(DEVICE), "max"))
     torch.testing.assert_close(out[1], torch.tensor([1.0, nan, -inf, nan, 3.0]), equal_nan=True)
     assert argmax.tolist() == [[-1] * 5, [0, 0, 0, 1, 1]]
     torch.testing.assert_close(out, pool_ref(hidden, cu, "max"), equal_nan=True)
 
 
-@interpreted
+@on_kernels
 def test_labels_outside_the_vocabulary_give_nan():
     """A GPU is not asked whether labels fit: that would cost a synchronisation."""
-    losses, _ = kernels.cross_entropy_fwd(torch.zeros(4, 8), torch.tensor([3, 8, -1, -100]), -100)
+    logits, labels = torch.zeros(4, 8, device=DEVICE), torch.tensor([3, 8, -1, -100], device=DEVICE)
+    losses, _ = kernels.cross_entropy_fwd(logits, labels, -100)
     assert losses.isnan().tolist() == [False, True, True, False]
 
 
-@interpreted
+@on_kernels
 @pytest.mark.parametrize("op", OPS)
 def test_no_tokens_at_all(op):
     """T = 0 is a batch like another: empty results, gradients of parameters that are zero."""
     case = next(c for c in testing.CASES if c.op == op and c.name.startswith(("ragged", "one_t")))
-    inputs = case.inputs(torch.float32)
+    inputs = case.inputs(torch.float32, DEVICE)
     rows = ("x", "residual", "input_ids", "position_ids", "type_ids", "qkv", "hidden", "logits", "labels")
     for name in set(rows) & set(inputs):
         if inputs[name] is not None and inputs[name].shape[0] > 0:
             empty = inputs[name].detach()[:0]
             inputs[name] = empty.requires_grad_() if empty.is_floating_point() else empty
     if "cu_seqlens" in inputs:
-        inputs["cu_seqlens"] = torch.zeros(3, dtype=torch.int32)
+        inputs["cu_seqlens"] = torch.zeros(3, dtype=torch.int32, device=DEVICE)
     if op == "cross_entropy":
         inputs["reduction"] = "sum"
     with ops.use_backend("triton"):
@@ -212,6 +215,21 @@ def test_tensors_on_two_devices_are_named():
             inputs[names[0]] = inputs[names[0]].to("meta")
             with pytest.raises(ValueError, match=f"is on cpu but {names[0]} is on meta"):
                 testing.PUBLIC[case.op](**inputs)
+
+
+def test_embedding_tables_on_two_devices_are_named():
+    case = next(c for c in testing.CASES if str(c) == "embed-ragged")
+    for table in ("position", "token_type"):
+        inputs = case.inputs(torch.float32)
+        inputs[table] = inputs[table].to("meta")
+        with pytest.raises(ValueError, match=f"word is on cpu but {table} is on meta"):
+            testing.PUBLIC["embed"](**inputs)
+
+
+def test_more_tokens_than_lengths_can_count_are_named():
+    qkv, cu = torch.empty(2**31, 3, 1, 16, device="meta"), torch.zeros(2, dtype=torch.int32)
+    with pytest.raises(ValueError, match="qkv has 2147483648 tokens but cu_seqlens counts to 2147483647"):
+        ops.attention(qkv, cu, 1)
 
 
 def test_sizes_past_the_register_file_are_named():

@@ -105,6 +105,34 @@ def test_plan_concat_survives_a_list_that_changes_under_it():
         native.plan_concat_fwd(sequences)
 
 
+# A window: keys that no query of a block sees are not multiplied.
+
+
+@pytest.mark.parametrize("window", [0, 1, 46, 94, 2**62])
+def test_a_window_is_a_bias_that_forbids(window):
+    """Blocks of 24 queries over 200 keys, whole vectors of keys on either side: the kernel with a bias looks at all."""
+    torch.manual_seed(0)
+    qkv, dout, rest = torch.randn(230, 3, 2, 20), torch.randn(230, 2, 20), (200, 0.3, 0.2, 5)
+    cu, half = torch.tensor([0, 200, 200, 230]).int(), min(window // 2, 200)
+    forbids = torch.zeros(2, 2 * half + 3)
+    forbids[:, [0, -1]] = -torch.inf
+    out, lse = native.attention_window_fwd(qkv, window, cu, *rest)
+    exact, exact_lse = native.attention_rel_bias_fwd(qkv, forbids, cu, *rest)
+    torch.testing.assert_close(out, exact, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(lse, exact_lse, rtol=1e-5, atol=1e-6)
+    dqkv = native.attention_window_bwd(dout, qkv, window, out, lse, cu, *rest)
+    exact = native.attention_rel_bias_bwd(dout, qkv, forbids, out, lse, cu, *rest)[0]
+    torch.testing.assert_close(dqkv, exact, rtol=1e-5, atol=1e-5)
+
+
+def test_a_window_one_key_wider_fails(monkeypatch):
+    right = native._attention_fwd
+    monkeypatch.setattr(native, "_attention_fwd", lambda qkv, bias, half, *rest: right(qkv, bias, half + 1, *rest))
+    case = next(c for c in testing.CASES if str(c) == "attention_window-window_64")
+    with ops.use_backend("native"), pytest.raises(AssertionError, match="budget"):
+        testing.check_case(case, torch.float32)
+
+
 # Checks: a tensor that does not fit is an error that names it, never a read past its end.
 
 X = torch.zeros(4, 8)
@@ -174,7 +202,7 @@ def test_rel_bias_is_checked(rel_bias, error, message):
     qkv, out, lse = torch.zeros(4, 3, 1, 8), torch.zeros(4, 1, 8), torch.zeros(4, 1)
     cu = torch.tensor([0, 4], dtype=torch.int32)
     with pytest.raises(error, match=message):
-        C.attention_bwd(out, qkv, rel_bias, out, lse, cu, qkv.clone(), torch.zeros(1, 3), 4, 1.0, 0.0, 0)
+        C.attention_bwd(out, qkv, rel_bias, out, lse, cu, qkv.clone(), torch.zeros(1, 3), 4, 4, 1.0, 0.0, 0)
 
 
 # Instruction sets: each one that this CPU offers is held to the same budget, in a process of its own.

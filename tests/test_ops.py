@@ -25,14 +25,18 @@ DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
 
 # Combinations that a backend claims. What it does not claim is dropped here: `python -m fastbert.ops` prints those.
+# The native kernels on CUDA have no backward: tests/test_cuda.py has them.
 GRID = [
-    pytest.param(name, device, dtype, case, id=f"{name}-{device}-{str(dtype)[6:]}-{case}")
+    pytest.param(
+        name, device, dtype, case,
+        id=f"{name}-{device}-{str(dtype)[6:]}-{case}", marks=[pytest.mark.gpu] if device == "cuda" else [],
+    )
     for name in dispatch.BACKENDS
     for device in DEVICES
     for dtype in DTYPES
     for case in testing.CASES
-    if dispatch.has(name, case.op, device, dtype)
-]
+    if (name, device) != ("native", "cuda") and dispatch.has(name, case.op, device, dtype)
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("backend", "device", "dtype", "case"), GRID)

@@ -287,7 +287,7 @@ def test_match_names_adds_and_strips_the_prefix():
 
 
 def test_resolve_says_what_it_tried(tmp_path, monkeypatch):
-    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError) as error:
         hub.resolve("nobody/nothing", cache_dir=tmp_path)
     message = str(error.value)
@@ -307,7 +307,7 @@ def test_resolve_finds_folder_cache_and_package(folder, tmp_path, minilm, monkey
     (tmp_path / "models--me--tiny" / "refs").mkdir()
     (tmp_path / "models--me--tiny" / "refs" / "main").write_text("abc")
     shutil.copy(folder / "config.json", snapshot)
-    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError, match="snapshot of me/tiny is incomplete"):
         hub.resolve("me/tiny", cache_dir=tmp_path)
     shutil.copy(folder / "model.safetensors", snapshot)

@@ -7,9 +7,10 @@ from functools import partial
 
 import torch
 
-from benchmarks.gpu.peers import compiled_peers, peers
+from benchmarks.gpu.peers import compiled_peers, hugging_face, peers
 from benchmarks.gpu.report import Report, Run, Setting, checked, forced
 from fastbert import BertConfig, BertModel, ops, use_engine
+from fastbert.engine import cuda
 from fastbert.packing import PackedBatch, pack
 
 
@@ -35,6 +36,22 @@ def engine_run(model: BertModel, batch: PackedBatch, at: Setting) -> Run:
     return run
 
 
+def graph_alone(model: BertModel, batch: PackedBatch, at: Setting) -> Run:
+    """The engine's graph without what a call does before and after it: the difference is the host's."""
+    made: list[cuda._Bucket] = []
+
+    def call() -> torch.Tensor:
+        if not made:
+            engine = cuda.compile(model)
+            if isinstance(engine, str):
+                raise RuntimeError(engine)
+            made.append(engine._loaded(batch))
+        made[0].replay()
+        return made[0].hidden[: batch.num_tokens]
+
+    return forced(call, at)
+
+
 def eager(model: BertModel, batch: PackedBatch) -> torch.Tensor:
     """The chain of ops without graphs."""
     with use_engine("off"):
@@ -47,6 +64,7 @@ def inference(report: Report) -> Iterator[None]:
     for name, config in (("base", at.config), ("large", at.large)):
         torch.manual_seed(0)
         model = BertModel(config, add_pooling_layer=False).eval().to(at.device, at.dtype)
+        theirs = hugging_face(model, at)
         g = torch.Generator().manual_seed(1)
         mix = torch.empty(at.tokens // 8).exponential_(1 / (at.lengths[-1] / 4), generator=g).clamp(2, at.lengths[-1])
         mixed = [int(n) for n in mix if n >= 2]
@@ -61,7 +79,9 @@ def inference(report: Report) -> Iterator[None]:
                     "fastbert": engine_run(model, batch, at),
                     "fastbert ops": forced(partial(eager, model, batch), at),
                 }
-                runs |= peers(model, at, batch)
+                if len(lengths) == 1:
+                    runs["fastbert graph"] = graph_alone(model, batch, at)
+                runs |= peers(model, theirs, batch)
                 with ops.use_backend("reference"):
                     right = eager(model, batch)
                 good = checked(name, at, runs, right)
@@ -78,12 +98,13 @@ def compiled(report: Report) -> Iterator[None]:
     at = report.at
     torch.manual_seed(0)
     model = BertModel(at.config, add_pooling_layer=False).eval().to(at.device, at.dtype)
+    theirs = hugging_face(model, at)
     for lengths in ([min(128, at.tokens)], at.model_lengths(at.lengths[len(at.lengths) // 2])):
         batch = batch_of(at, lengths, at.config)
         with torch.no_grad():
             with ops.use_backend("reference"):
                 right = eager(model, batch)
-            runs = {"fastbert": engine_run(model, batch, at)} | compiled_peers(model, at, batch)
+            runs = {"fastbert": engine_run(model, batch, at)} | compiled_peers(model, theirs, at, batch)
             case, good = f"{len(lengths)}x{lengths[0]}", checked("compiled", at, runs, right)
             nbytes = sum(p.nbytes for p in model.encoder.parameters())
             report.add("bert-base", case, "compiled", good, nbytes, model_flop(at.config, lengths), graphs=False)

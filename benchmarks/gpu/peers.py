@@ -58,7 +58,7 @@ def padded(batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
     return ids, keep, None if bool(keep.all()) else keep[:, None, None]
 
 
-def peers(model: BertModel, at: Setting, batch: PackedBatch) -> dict[str, Run]:
+def peers(model: BertModel, theirs: Any, batch: PackedBatch) -> dict[str, Run]:
     """What runs eagerly."""
     ids, keep, mask = padded(batch)
     columns = torch.arange(ids.shape[1], device=ids.device)
@@ -67,7 +67,6 @@ def peers(model: BertModel, at: Setting, batch: PackedBatch) -> dict[str, Run]:
         "torch sdpa padded": lambda: plain_encoder(model, ids, columns, partial(sdpa, mask, 0.0))[keep],
         "torch packed varlen_attn": lambda: plain_encoder(model, batch.input_ids, batch.position_ids, attend),
     }
-    theirs = hugging_face(model, at)
     if theirs is not None:
         whole = keep.long()
         runs["hf sdpa padded"] = lambda: theirs(ids, attention_mask=whole).last_hidden_state[keep]
@@ -75,10 +74,10 @@ def peers(model: BertModel, at: Setting, batch: PackedBatch) -> dict[str, Run]:
     return runs
 
 
-def compiled_peers(model: BertModel, at: Setting, batch: PackedBatch) -> dict[str, Run]:
+def compiled_peers(model: BertModel, theirs: Any, at: Setting, batch: PackedBatch) -> dict[str, Run]:
     """The padded ones under torch.compile, tuned as far as it goes."""
     ids, keep, mask = padded(batch)
-    columns, theirs = torch.arange(ids.shape[1], device=ids.device), hugging_face(model, at)
+    columns = torch.arange(ids.shape[1], device=ids.device)
     plain: Any = partial(plain_encoder, model)
     if not at.dry:
         plain = torch.compile(plain, mode="max-autotune")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import partial
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from benchmarks import harness
 from benchmarks.gpu.models import batch_of, model_flop
 from benchmarks.gpu.peers import hugging_face_mlm, padded, plain_encoder, sdpa
-from benchmarks.gpu.report import Peak, Report, Run, Setting, forced
+from benchmarks.gpu.report import Peak, Report, Run, Setting, checked, forced
 from fastbert import BertForMaskedLM, ops
 
 
@@ -26,34 +27,39 @@ def training(report: Report) -> Iterator[None]:
     chosen = (label != -100).nonzero()[:, 0]
     cast = partial(torch.autocast, at.device, dtype=torch.bfloat16, enabled=not at.dry)
 
-    def ours() -> None:
+    def ours() -> torch.Tensor:
         with cast():
             hidden = model.base_model.forward_packed(batch)
             loss = ops.cross_entropy(model.logits(hidden[chosen]), label[chosen])
         loss.backward()
         model.zero_grad()
+        return loss.detach()
 
     ids, _, mask = padded(batch)
     columns, p = torch.arange(ids.shape[1], device=ids.device), at.config.hidden_dropout_prob
 
-    def plain() -> None:
+    def plain() -> torch.Tensor:
         with cast():
             hidden = plain_encoder(model.base_model, ids, columns, partial(sdpa, mask, p), p)
             loss = F.cross_entropy(model.logits(hidden.flatten(0, 1)).float(), label)
         loss.backward()
         model.zero_grad()
+        return loss.detach()
 
     runs = {"fastbert": forced(ours, at), "torch sdpa padded": plain}
     theirs = hugging_face_mlm(at.config, at)
     if theirs is not None:
 
-        def hf() -> None:
+        def hf() -> torch.Tensor:
             with cast():
                 loss = theirs(ids, labels=label.view_as(ids)).loss
             loss.backward()
             theirs.zero_grad()
+            return loss.detach()
 
         runs["hf sdpa padded"] = hf
+    guess = torch.tensor(math.log(at.config.vocab_size), device=at.device)  # of new weights
+    runs = checked("training", at, runs, guess, tolerance=0.1)
     case = f"S{at.lengths[-1]}_T{at.tokens}"
     flop = 3 * (model_flop(at.config, lengths) + 2 * len(chosen) * at.config.hidden_size * at.config.vocab_size)
     report.add("bert-base mlm", case, "training", runs, 0, flop, graphs=False)

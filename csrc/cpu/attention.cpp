@@ -2,6 +2,7 @@
 // that stay in cache, then blocks of queries go by. No task sees another sequence, so neither batch nor threads
 // change a result. Arithmetic is fp32; a block's scores never leave L1/L2. A bias by offset is one array a head: query
 // i reads it from an address that i moves, so a score row adds it with plain vector loads, and its gradient likewise.
+// A window is such a bias, -inf outside, and the keys that no query of a block sees are not multiplied.
 #include "cpu/table.h"
 #include "cpu/vec.h"
 
@@ -94,6 +95,17 @@ struct Task {
         columns(round_up(K, W)) {}
 };
 
+// The keys that queries [q, q + count) see, at most `half` away; `first` and `padded` are multiples of W.
+struct Span {
+  int64_t first, last, padded;
+  Span(int64_t q, int64_t count, int64_t half, int64_t length)
+      : first(half < q ? (q - half) / W * W : 0),
+        last(half < length - q - count ? q + count + half : length),
+        padded(round_up(last, W)) {}
+  int64_t size() const { return last - first; }
+  int64_t padded_size() const { return padded - first; }
+};
+
 // rel_bias (H, num_offsets), or none: its column of an offset j - i, the ends standing for all that is farther.
 int64_t offset_column(int64_t offset, int64_t num_offsets) {
   const int64_t column = offset + num_offsets / 2;
@@ -101,16 +113,17 @@ int64_t offset_column(int64_t offset, int64_t num_offsets) {
 }
 
 // rel_bias written out for every offset that a padded score row can have; without one, zeros, so that the loops over
-// scores need not ask.
+// scores need not ask. Farther than `half` it is -inf.
 class BiasLines {
  public:
-  BiasLines(const float* rel_bias, int64_t num_offsets, int64_t H, int64_t max_seqlen)
+  BiasLines(const float* rel_bias, int64_t num_offsets, int64_t H, int64_t max_seqlen, int64_t half)
       : center_(round_up(max_seqlen, W)), stride_(rel_bias ? 2 * center_ : 0), lines_((rel_bias ? H : 1) * 2 * center_) {
     float* line = lines_.get();
-    if (!rel_bias) memset(line, 0, 2 * center_ * sizeof(float));
-    for (int64_t head = 0; rel_bias && head < H; ++head, line += stride_)
-      for (int64_t offset = -center_; offset < center_; ++offset)
-        line[offset + center_] = rel_bias[head * num_offsets + offset_column(offset, num_offsets)];
+    for (int64_t head = 0; head < (rel_bias ? H : 1); ++head, line += stride_)
+      for (int64_t offset = -center_; offset < center_; ++offset) {
+        const float bias = rel_bias ? rel_bias[head * num_offsets + offset_column(offset, num_offsets)] : 0.f;
+        line[offset + center_] = offset < -half || offset > half ? -__builtin_inff() : bias;
+      }
   }
   // Where element j is the bias of key j for query i.
   const float* row(int64_t head, int64_t i) const { return lines_.get() + head * stride_ + center_ - i; }
@@ -122,9 +135,10 @@ class BiasLines {
 
 template <class T>
 void attention_fwd(const T* qkv, const float* rel_bias, const int32_t* cu_seqlens, T* out, float* lse, int64_t S,
-                   int64_t H, int64_t K, int64_t num_offsets, int64_t max_seqlen, float scale, Dropout dropout) {
+                   int64_t H, int64_t K, int64_t num_offsets, int64_t max_seqlen, int64_t half, float scale,
+                   Dropout dropout) {
   const int64_t step = 3 * H * K, max_rows = round_up(max_seqlen, W), max_columns = round_up(K, W);
-  const BiasLines biases(rel_bias, num_offsets, H, max_seqlen);
+  const BiasLines biases(rel_bias, num_offsets, H, max_seqlen, half);
 #pragma omp parallel if (cu_seqlens[S] * H * K > kParallelWork / 4)
   {
     // Keys, values, queries, scores, outputs.
@@ -142,15 +156,18 @@ void attention_fwd(const T* qkv, const float* rel_bias, const int32_t* cu_seqlen
       copy_rows(base + 2 * H * K, step, task.length, K, values, task.columns);
       for (int64_t q = 0; q < task.length; q += kQueries) {
         const int64_t count = task.length - q < kQueries ? task.length - q : kQueries;
+        const Span seen(q, count, half, task.length);
         copy_rows(base + q * step, step, count, K, queries, task.columns);
-        gemm(count, task.rows, K, {queries, task.columns, 1}, keys, task.rows, scores, task.rows, false);
+        gemm(count, seen.padded_size(), K, {queries, task.columns, 1}, keys + seen.first, task.rows,
+             scores + seen.first, task.rows, false);
         float inverse[kQueries];
         for (int64_t i = 0; i < count; ++i) {
           float* row = scores + i * task.rows;
           const int64_t place = (task.begin + q + i) * H + task.head;
           const float* bias = biases.row(task.head, q + i);
           vf tops = splat(-__builtin_inff());
-          each_vector(task.length, [&](int64_t j, int n) LAMBDA {
+          each_vector(seen.size(), [&](int64_t i_key, int n) LAMBDA {
+            const int64_t j = seen.first + i_key;
             vf x = load(row + j) * scale + load(bias + j);
             if (n < W) x = lanes() < splat(static_cast<uint32_t>(n)) ? x : splat(-__builtin_inff());
             // Rounded here, so that the largest score minus itself is 0 below and no probability passes 1.
@@ -160,7 +177,7 @@ void attention_fwd(const T* qkv, const float* rel_bias, const int32_t* cu_seqlen
           const float top = max(tops);
           const RowDropout drop(dropout, place);
           vf total{};
-          for (int64_t j = 0; j < task.rows; j += W) {
+          for (int64_t j = seen.first; j < seen.padded; j += W) {
             const vf p = exp(load(row + j) - top);
             total += p;
             store(row + j, drop(p, j));
@@ -168,8 +185,8 @@ void attention_fwd(const T* qkv, const float* rel_bias, const int32_t* cu_seqlen
           lse[place] = top + __builtin_logf(sum(total));
           inverse[i] = 1.f / sum(total);
         }
-        gemm(count, task.columns, task.length, {scores, task.rows, 1}, values, task.columns, result, task.columns,
-             false);
+        gemm(count, task.columns, seen.size(), {scores + seen.first, task.rows, 1},
+             values + seen.first * task.columns, task.columns, result, task.columns, false);
         for (int64_t i = 0; i < count; ++i) {
           T* to = out + ((task.begin + q + i) * H + task.head) * K;
           each_vector(K, [&](int64_t d, int n) LAMBDA {
@@ -187,9 +204,9 @@ void attention_fwd(const T* qkv, const float* rel_bias, const int32_t* cu_seqlen
 template <class T>
 void attention_bwd(const T* dout, const T* qkv, const float* rel_bias, const T* out, const float* lse,
                    const int32_t* cu_seqlens, T* dqkv, float* drel_bias, int64_t S, int64_t H, int64_t K,
-                   int64_t num_offsets, int64_t max_seqlen, float scale, Dropout dropout) {
+                   int64_t num_offsets, int64_t max_seqlen, int64_t half, float scale, Dropout dropout) {
   const int64_t step = 3 * H * K, max_rows = round_up(max_seqlen, W), max_columns = round_up(K, W);
-  const BiasLines biases(rel_bias, num_offsets, H, max_seqlen);
+  const BiasLines biases(rel_bias, num_offsets, H, max_seqlen, half);
   const Scratch sums(rel_bias ? cu_seqlens[S] * H * 2 : 0);  // of a task, at (begin * H + head * length) * 2
 #pragma omp parallel if (cu_seqlens[S] * H * K > kParallelWork / 8)
   {
@@ -219,10 +236,14 @@ void attention_bwd(const T* dout, const T* qkv, const float* rel_bias, const T* 
       for (int64_t q = 0; q < task.length; q += kQueries) {
         const int64_t count = task.length - q < kQueries ? task.length - q : kQueries;
         const int64_t start = (task.begin + q) * H + task.head;  // row of (T * H) of the block's first query
+        const Span seen(q, count, half, task.length);
+        const int64_t panel = seen.first * task.columns;
         copy_rows(base + q * step, step, count, K, queries, task.columns);
         copy_rows(dout + start * K, H * K, count, K, douts, task.columns);
-        gemm(count, task.rows, K, {queries, task.columns, 1}, keys_t, task.rows, probs, task.rows, false);
-        gemm(count, task.rows, K, {douts, task.columns, 1}, values_t, task.rows, dscores, task.rows, false);
+        gemm(count, seen.padded_size(), K, {queries, task.columns, 1}, keys_t + seen.first, task.rows,
+             probs + seen.first, task.rows, false);
+        gemm(count, seen.padded_size(), K, {douts, task.columns, 1}, values_t + seen.first, task.rows,
+             dscores + seen.first, task.rows, false);
         for (int64_t i = 0; i < count; ++i) {
           const int64_t place = start + i * H;
           vf products{};
@@ -235,22 +256,24 @@ void attention_bwd(const T* dout, const T* qkv, const float* rel_bias, const T* 
           const float log_total = lse[place];
           float* prob = probs + i * task.rows;
           float* dscore = dscores + i * task.rows;
-          for (int64_t j = 0; j < task.rows; j += W) {
+          for (int64_t j = seen.first; j < seen.padded; j += W) {
             const vf p = exp(load(prob + j) * scale + load(bias + j) - log_total);
             store(dscore + j, p * (drop(load(dscore + j), j) - delta));
             store(prob + j, drop(p, j));
           }
           if (!rel_bias) continue;
           float* diagonal = diagonals + task.length - 1 - (q + i);
-          each_vector(task.length, [&](int64_t j, int n) LAMBDA {
+          each_vector(seen.size(), [&](int64_t i_key, int n) LAMBDA {
+            const int64_t j = seen.first + i_key;
             store(diagonal + j, load(diagonal + j) + first(load(dscore + j), n));
           });
         }
-        gemm(count, task.columns, task.length, {dscores, task.rows, 1}, keys, task.columns, dqueries, task.columns,
-             false);
-        gemm(task.length, task.columns, count, {probs, 1, task.rows}, douts, task.columns, dvalues, task.columns, true);
-        gemm(task.length, task.columns, count, {dscores, 1, task.rows}, queries, task.columns, dkeys, task.columns,
-             true);
+        gemm(count, task.columns, seen.size(), {dscores + seen.first, task.rows, 1}, keys + panel, task.columns,
+             dqueries, task.columns, false);
+        gemm(seen.size(), task.columns, count, {probs + seen.first, 1, task.rows}, douts, task.columns,
+             dvalues + panel, task.columns, true);
+        gemm(seen.size(), task.columns, count, {dscores + seen.first, 1, task.rows}, queries, task.columns,
+             dkeys + panel, task.columns, true);
         for (int64_t i = 0; i < count; ++i) {
           each_vector(K, [&](int64_t d, int n) LAMBDA {
             store(dbase + (q + i) * step + d, load(dqueries + i * task.columns + d) * scale, n);

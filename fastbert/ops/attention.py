@@ -182,11 +182,13 @@ def attention(
         Saved for backward: `qkv`, the output and the log-sum-exp (T, H); probabilities are recomputed.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, a dropout probability outside [0, 1), a negative window, or one
-            beside a `rel_bias`.
+        ValueError: shapes or dtypes that do not fit, 2^31 tokens or more, a dropout probability outside [0, 1), a
+            negative window, or one beside a `rel_bias`.
     """
     if qkv.ndim != 4 or qkv.shape[1] != 3:
         raise ValueError(f"qkv must have shape (T, 3, H, K), got {tuple(qkv.shape)}")
+    if qkv.shape[0] >= 2**31:
+        raise ValueError(f"qkv has {qkv.shape[0]} tokens but cu_seqlens counts to {2**31 - 1}: split the batch")
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or cu_seqlens.numel() == 0:
         raise ValueError(f"cu_seqlens must be int32 of shape (S + 1), got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
     if can_look(cu_seqlens) and int(cu_seqlens[-1]) != qkv.shape[0]:

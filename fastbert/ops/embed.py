@@ -124,8 +124,9 @@ def embed(
     if len(dtypes) > 1:
         raise ValueError(f"the embedding tables must have one dtype, got {', '.join(sorted(map(str, dtypes)))}")
     check_devices(
-        word=word, input_ids=input_ids, position_ids=position_ids, type_ids=type_ids, weight=weight, bias=bias
-    )
+        word=word, position=position, token_type=token_type, input_ids=input_ids, position_ids=position_ids,
+        type_ids=type_ids, weight=weight, bias=bias,
+    )  # fmt: skip
     check_ids("input_ids", input_ids, word)
     check_ids("position_ids", position_ids, position)
     if type_ids is not None and token_type is not None:

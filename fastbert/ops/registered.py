@@ -253,3 +253,23 @@ _register(
     lambda scale, logits, *rest: torch.empty_like(logits),
 )
 cross_entropy_fwd, cross_entropy_bwd = _ops.cross_entropy_fwd, _ops.cross_entropy_bwd
+
+
+# Linear layers with 8-bit weights: no backward
+
+
+def _linear_fake(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+_register(
+    "int8_linear_fwd(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias) -> Tensor",
+    lambda x, *rest: _real("int8_linear", x).int8_linear_fwd(x, *rest),
+    _linear_fake,
+)
+_register(
+    "float8_linear_fwd(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias) -> Tensor",
+    lambda x, *rest: _real("float8_linear", x).float8_linear_fwd(x, *rest),
+    _linear_fake,
+)
+int8_linear_fwd, float8_linear_fwd = _ops.int8_linear_fwd, _ops.float8_linear_fwd
