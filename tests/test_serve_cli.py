@@ -195,4 +195,5 @@ def test_every_setting_has_an_option():
     help = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "200"}).output
     for field in dataclasses.fields(Settings):
         assert "--" + field.name.replace("_", "-") in help, field.name
+    assert "(needs fastbert-engine[otel])" in help  # to rich a word in brackets is a style
     assert CliRunner().invoke(app, ["serve", "--help"]).exit_code == 0

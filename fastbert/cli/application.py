@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from typer.core import TyperGroup
 
 from fastbert.corpus import CorpusError
@@ -43,7 +44,7 @@ def _show_version(wanted: bool) -> None:
 
 def option(panel: str, help: str, *names: str, **more: Any) -> Any:
     """An option of a command, in the panel of its help."""
-    return typer.Option(*names, help=help, rich_help_panel=panel, **more)
+    return typer.Option(*names, help=escape(help), rich_help_panel=panel, **more)  # [otel] is text, no style
 
 
 @app.callback()
