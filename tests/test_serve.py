@@ -401,7 +401,7 @@ def test_metrics_are_teis(server, client):
     assert grown("te_request_count", method="single") == 2
     assert grown("te_request_success", method="single") == 1
     assert grown("te_request_count", method="batch") == grown("te_request_success", method="batch") == 1
-    assert grown("te_request_failure", err="validation") == 1
+    assert grown("te_request_failure", err="tokenization") == 1
     assert grown("te_embed_count") == 4
     assert grown("te_embed_success") == 3
     for part in ("", "_tokenization", "_queue", "_inference"):
@@ -593,7 +593,7 @@ def test_openapi_describes_every_route(client):
     assert posts == {
         "/", "/invocations", "/embed", "/embed_all", "/embed_sparse", "/similarity", "/predict", "/rerank", "/tokenize",
         "/decode", "/vertex", "/embeddings", "/v1/embeddings", "/v2/embed", "/v1/rerank", "/v2/rerank",
-        "/token-classification", "/fill-mask",
+        "/token-classification", "/fill-mask", "/classify",
     }  # fmt: skip
     body = schema["paths"]["/embed"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     fields = schema["components"]["schemas"][body["$ref"].rsplit("/", 1)[1]]["properties"]

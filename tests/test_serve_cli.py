@@ -175,7 +175,7 @@ def test_flags_and_environment_of_text_embeddings_inference(minilm):
     [
         ([], "name a model"),
         (["no/such/model"], "was not found"),
-        (["MODEL", "--auto-truncate", "true"], "flags take no value"),
+        (["MODEL", "--json-output", "true"], "flags other than --auto-truncate take no value"),
         (["MODEL", "--compat", "tgi"], "compat is 'tgi'; it is one of openai, tei"),
         (["MODEL", "--ssl-certfile", "x.pem"], "TLS needs both files"),
         (["MODEL", "--api-key", ""], "an API key is empty"),

@@ -34,7 +34,8 @@ class PlainErrors(TyperGroup):
 app = typer.Typer(cls=PlainErrors, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
-def _show_version(wanted: bool) -> None:
+def show_version(wanted: bool) -> None:
+    """Print the version and stop."""
     if wanted:
         from fastbert import __version__
 
@@ -50,7 +51,7 @@ def option(panel: str, help: str, *names: str, **more: Any) -> Any:
 @app.callback()
 def fastbert(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and stop.")
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version and stop.")
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import typing
 from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -65,6 +66,8 @@ class Gate:
             handler = route.get_route_handler()
             for method in route.methods or ():
                 self.handlers[method, route.path] = handler
+        for method, path, name in (("POST", "/vertex", "AIP_PREDICT_ROUTE"), ("GET", "/health", "AIP_HEALTH_ROUTE")):
+            self.handlers[method, os.environ.get(name, path)] = self.handlers[method, path]  # Vertex AI says where
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or pass on what is none."""
