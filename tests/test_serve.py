@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import logging
+import re
 import socket
 import threading
 import time
@@ -311,6 +312,23 @@ def test_slow_clients_are_let_go(minilm):
                 patient.sendall(b"GET /live HTTP/1.1\r\nhost: x\r\n\r\n")
                 assert patient.recv(1000).startswith(b"HTTP/1.1 200")
                 time.sleep(0.5)
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_requests_sent_in_one_piece_are_answered_in_order(server, version):
+    def request(texts):
+        body = json.dumps({"inputs": texts}).encode()
+        head = f"POST /embed HTTP/{version}\r\ncontent-type: application/json\r\nx-api-key: first-key\r\n"
+        return f"{head}x-request-id: {len(texts)}\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body
+
+    wanted = [b"1"] if version == "1.0" else [b"1", b"2", b"3"]  # 1.0 closes after the first
+    with closing(_connect(server)) as connection:
+        connection.sendall(b"".join(request(["a"] * n) for n in (1, 2, 3)))
+        received, found = b"", []
+        while len(found) < len(wanted):
+            received += connection.recv(1 << 16)
+            found = re.findall(rb"HTTP/1.1 200 OK\r\n(?:.*\r\n)*?x-request-id: (\d)\r\n", received)
+    assert found == wanted
 
 
 def test_a_client_that_reads_nothing_is_let_go(minilm):
