@@ -62,7 +62,7 @@ class Connection(HttpToolsProtocol):
         self._header_bytes = 0
         self._in_body = True
         super().on_headers_complete()
-        self.cycle.scope[CYCLE] = self.cycle  # type: ignore[typeddict-unknown-key]
+        self.cycle.scope[CYCLE] = self.cycle  # type: ignore[literal-required]
 
     def on_message_complete(self) -> None:
         """The request is here."""
