@@ -101,8 +101,8 @@ def missing(name: str) -> str | None:
         return "sentence-transformers is missing: pip install sentence-transformers"
     if name == "infinity" and infinity() is None:
         return (
-            "infinity is missing: pip install 'infinity-emb[server,torch]' into an environment of its own, and put "
-            "its infinity_emb on PATH or its path in INFINITY_EMB"
+            "infinity is missing: pip install 'infinity-emb[server,torch]' 'transformers<4.49' 'optimum<2' 'click<8.2' "
+            "'typer<0.16' into an environment of its own, and put its infinity_emb on PATH or its path in INFINITY_EMB"
         )
     return None
 
@@ -125,7 +125,8 @@ def start(name: str, folder: str, *options: str, served_name: str = "model") -> 
         "sentence-transformers": [sys.executable, "-m", "benchmarks.fastapi_peer", folder, str(port)],
         "infinity": [
             str(infinity()), "v2", "--model-id", folder, "--served-model-name", served_name, "--port", str(port),
-            "--engine", "torch", "--device", "cpu", "--dtype", "float32", "--no-bettertransformer",
+            "--host", "127.0.0.1", "--engine", "torch", "--device", "cpu", "--dtype", "float32",
+            "--no-bettertransformer",
         ],
     }[name]  # fmt: skip
     if name == "fastbert":

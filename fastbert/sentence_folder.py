@@ -217,6 +217,18 @@ def _read_module(kind: str, folder: Path) -> nn.Module:
     return module.eval()
 
 
+def with_dense(modules: nn.Sequential, folder: Path) -> nn.Sequential:
+    """Modules with the Dense layer of a folder in the place of their own; it comes first where they have none.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_folder`.
+    """
+    dense = _read_module("Dense", folder)
+    rest = [module for module in modules if not isinstance(module, Dense)]
+    place = next((i for i, module in enumerate(modules) if isinstance(module, Dense)), 0)
+    return nn.Sequential(*rest[:place], dense, *rest[place:])
+
+
 def write_folder(folder: Path, content: SentenceFolder, hidden_size: int) -> None:
     """Write `modules.json`, all that it names, and the two configurations, next to an encoder in `folder`.
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rich.markup import escape
 from rich.table import Table
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -240,7 +241,8 @@ def certificate(name: str, reference: Reference, lines: list[Line]) -> dict[str,
 
 def table(name: str, reference: Reference, lines: list[Line], all_layers: bool = False) -> Table:
     """The certificate to look at: each path's layer nearest to (or past) its budget, its output and its vectors."""
-    grid = Table(title=f"{name} against {reference.source} in fp64, {len(reference.sequences)} texts")
+    title = f"{name} against {reference.source} in fp64, {len(reference.sequences)} texts"
+    grid = Table(title=escape(title))
     for column in ("path", "layer", "max abs", "budget", "rmse", "least cosine", "worst row", ""):
         grid.add_column(column, justify="right" if column in ("layer", "max abs", "budget", "rmse") else "left")
     for path in dict.fromkeys(line.path for line in lines):

@@ -539,6 +539,29 @@ def test_waits_for_company_only_where_it_pays(launch, gap, deadline, waits):
     assert pace.pause_s(lanes, 32, LatencyModel(), 0.0) == 0, "nothing is known yet"
 
 
+@pytest.mark.parametrize(
+    ("back", "each", "deadline", "waits"),
+    [(7, 1e-4, None, True), (3, 1e-4, None, False), (7, 4e-4, None, False), (7, 1e-4, 1e-3, False)],
+    ids=["they come back", "most stay away", "they take too long", "too late"],
+)
+def test_waits_for_clients_that_came_back_so_far(back, each, deadline, waits):
+    launch, model, pace = 1e-3, latency(a=1e-3), Pace()
+    for cycle in range(-100, 0):  # seven are answered, and ask again in a burst
+        now = cycle * 0.1
+        pace.answered(7, model, now)
+        for place in range(back):
+            pace.arrived(now + (place + 1) * each)
+    lanes = Lanes()
+    lanes.add(request(4, arrived=0.0, deadline=deadline), model)
+    pace.answered(7, model, 0.0)
+    assert (pace.pause_s(lanes, 32, model, 0.0) > 0) is waits
+    assert pace.pause_s(lanes, 4, model, 0.0) == 0, "a full batch does not wait"
+    assert pace.pause_s(lanes, 32, model, 1.01 * launch) == 0, "nobody waits for longer than a launch"
+    for place in range(7):
+        pace.arrived((place + 1) * each)
+    assert pace.pause_s(lanes, 32, model, 7 * each) == 0, "all are back"
+
+
 # Repeats.
 
 

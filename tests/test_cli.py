@@ -19,7 +19,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.text import Text
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 import fastbert
@@ -381,6 +383,15 @@ def test_help_and_version_do_not_import_torch() -> None:
         )
         assert (run.returncode, run.stderr) == (0, "")
         assert words in run.stdout
+
+
+def test_brackets_in_a_help_text_are_shown() -> None:
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    helps = [getattr(p, "help", None) or "" for command in commands.values() for p in command.params]
+    with_brackets = [help for help in helps if "[" in help]
+    assert with_brackets
+    for help in with_brackets:
+        assert Text.from_markup(help).plain.count("[") == help.count("["), help
 
 
 # Messages.

@@ -251,7 +251,7 @@ def run_cli(*arguments):
 
 def test_the_command(tiny, tmp_path):
     rows, _ = rows_of("classification")
-    train, out = write_csv(tmp_path / "t.csv", rows[:40]), tmp_path / "OUT"
+    train, out = write_csv(tmp_path / "t[red].csv", rows[:40]), tmp_path / "OUT"
     evaluation = write_csv(tmp_path / "e.csv", rows[40:])
     command = [
         "finetune", "classification", "--model", tiny, "--train", train, "--eval", evaluation, "--text-column", "text",
@@ -260,7 +260,7 @@ def test_the_command(tiny, tmp_path):
     ]  # fmt: skip
     shown, told = run_cli(*command, "--dry-run")
     assert shown.exit_code == 0, told
-    assert "40 items" in told
+    assert "t[red].csv: 40 items" in told
     assert "good" in told
     assert not out.exists()
     result, told = run_cli(*command)

@@ -175,7 +175,7 @@ def test_flags_and_environment_of_text_embeddings_inference(minilm):
     [
         ([], "name a model"),
         (["no/such/model"], "was not found"),
-        (["MODEL", "--auto-truncate", "true"], "flags take no value"),
+        (["MODEL", "--json-output", "true"], "flags other than --auto-truncate take no value"),
         (["MODEL", "--compat", "tgi"], "compat is 'tgi'; it is one of openai, tei"),
         (["MODEL", "--ssl-certfile", "x.pem"], "TLS needs both files"),
         (["MODEL", "--api-key", ""], "an API key is empty"),
@@ -195,4 +195,5 @@ def test_every_setting_has_an_option():
     help = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "200"}).output
     for field in dataclasses.fields(Settings):
         assert "--" + field.name.replace("_", "-") in help, field.name
+    assert "(needs fastbert-engine[otel])" in help  # to rich a word in brackets is a style
     assert CliRunner().invoke(app, ["serve", "--help"]).exit_code == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from typer.core import TyperGroup
 
 from fastbert.corpus import CorpusError
@@ -33,7 +34,8 @@ class PlainErrors(TyperGroup):
 app = typer.Typer(cls=PlainErrors, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
-def _show_version(wanted: bool) -> None:
+def show_version(wanted: bool) -> None:
+    """Print the version and stop."""
     if wanted:
         from fastbert import __version__
 
@@ -43,13 +45,13 @@ def _show_version(wanted: bool) -> None:
 
 def option(panel: str, help: str, *names: str, **more: Any) -> Any:
     """An option of a command, in the panel of its help."""
-    return typer.Option(*names, help=help, rich_help_panel=panel, **more)
+    return typer.Option(*names, help=escape(help), rich_help_panel=panel, **more)  # [otel] is text, no style
 
 
 @app.callback()
 def fastbert(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and stop.")
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version and stop.")
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:

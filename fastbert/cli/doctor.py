@@ -29,7 +29,7 @@ def doctor(
     if as_json:
         typer.echo(json.dumps(asdict(report), indent=1))
     else:
-        _show(Console(), report)
+        _show(Console(markup=False), report)
     raise typer.Exit(1 if report.broken else 0)
 
 
@@ -64,10 +64,10 @@ def _show(console: Any, report: Any) -> None:
         console.print(_speeds(report.measured))
     for finding in report.findings:
         style, word = ("bold red", "broken") if finding.broken else ("yellow", "advice")
-        console.print(f"[{style}]{word}[/]: ", end="")
-        console.print(f"{finding.what}. {finding.cure[:1].upper()}{finding.cure[1:]}.", markup=False, highlight=False)
+        console.print(f"{word}: ", style=style, end="")
+        console.print(f"{finding.what}. {finding.cure[:1].upper()}{finding.cure[1:]}.", highlight=False)
     if not report.findings:
-        console.print("[green]nothing to change[/]")
+        console.print("nothing to change", style="green")
 
 
 def _speeds(measured: dict[str, dict[str, float]]) -> Any:

@@ -48,6 +48,6 @@ def finetune(
 
         from fastbert.train.finetune_plan import plan_table
 
-        Console().print(plan_table(run))
+        Console(markup=False).print(plan_table(run))  # names may have brackets
         return
     run.run()

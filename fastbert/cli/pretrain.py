@@ -46,6 +46,6 @@ def pretrain(
 
         from fastbert.train.pretrain_plan import plan_table
 
-        Console().print(plan_table(run))
+        Console(markup=False).print(plan_table(run))  # names may have brackets
         return
     run.run()

@@ -9,8 +9,9 @@ import typing
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
-from fastbert.cli.application import app, option
+from fastbert.cli.application import app, option, show_version
 from fastbert.serve.settings import Settings
 
 
@@ -42,6 +43,27 @@ def _option(field: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
     )
 
 
+class _WithValues(TyperCommand):
+    """`--auto-truncate true` and `--auto-truncate=false`, as text-embeddings-inference takes them, are flags too."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the command line."""
+        flags: list[str] = []
+        for word in args:
+            before = flags[-1:] == ["--auto-truncate"]
+            value = word if before else word.removeprefix("--auto-truncate=")
+            if value in ("true", "false") and (before or value != word):
+                flags[len(flags) - before :] = ["--auto-truncate" if value == "true" else "--no-auto-truncate"]
+            else:
+                flags.append(word)
+        return super().parse_args(ctx, flags)
+
+
+def _unused(flag: str) -> Any:
+    """An option of text-embeddings-inference that has nothing to set here."""
+    return typer.Option(flag, hidden=True, envvar=flag[2:].replace("-", "_").upper())
+
+
 def serve(
     model: Annotated[list[str] | None, typer.Argument(help="Folders or hub ids; the first is the default.")] = None,
     model_id: Annotated[
@@ -54,15 +76,18 @@ def serve(
             show_envvar=False,
         ),
     ] = None,
-    prometheus_port: Annotated[int | None, typer.Option("--prometheus-port", hidden=True)] = None,
-    disable_spans: Annotated[bool, typer.Option("--disable-spans", hidden=True)] = False,
-    uds_path: Annotated[str | None, typer.Option("--uds-path", hidden=True)] = None,
+    prometheus_port: Annotated[int | None, _unused("--prometheus-port")] = None,
+    disable_spans: Annotated[bool, _unused("--disable-spans")] = False,
+    uds_path: Annotated[str | None, _unused("--uds-path")] = None,
+    version: Annotated[
+        bool, typer.Option("-V", "--version", callback=show_version, is_eager=True, hidden=True)
+    ] = False,
     **given: Any,
 ) -> None:
     """Serve models over HTTP: the routes of text-embeddings-inference, OpenAI, Cohere and Jina.
 
-    Every option can be set in the environment as FASTBERT_<NAME>; text-embeddings-inference's flags and most of its
-    environment names work too.
+    Every option can be set in the environment as FASTBERT_<NAME>; text-embeddings-inference's flags and
+    environment names, all but HOSTNAME, work too.
     """
     models = [*(model or []), *([model_id] if model_id else [])]
     if not models:
@@ -71,7 +96,7 @@ def serve(
         )
     if stray := [name for name in models if name.lower() in ("true", "false")]:
         raise typer.BadParameter(
-            f"{stray[0]!r} is no model; flags take no value: --auto-truncate or --no-auto-truncate"
+            f"{stray[0]!r} is no model; flags other than --auto-truncate take no value: --json-output, --no-json-output"
         )
     for flag, value, why in (
         ("--prometheus-port", prometheus_port, "metrics are at /metrics of the server's own port"),
@@ -97,4 +122,4 @@ def serve(
 _own = inspect.signature(serve, eval_str=True)
 _fixed = [parameter for parameter in _own.parameters.values() if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
 serve.__signature__ = _own.replace(parameters=[*_fixed, *_options()])  # type: ignore[attr-defined]
-app.command()(serve)
+app.command(cls=_WithValues, context_settings={"help_option_names": ["-h", "--help"]})(serve)

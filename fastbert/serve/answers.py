@@ -85,14 +85,27 @@ class RankedDocument(BaseModel):
     document: dict[str, str] | None = None
 
 
-class RankedDocuments(BaseModel):
+class Signed(BaseModel):
+    """What infinity's answers carry beside their results."""
+
+    object: str
+    id: str
+    created: int
+    model: str
+    usage: dict[str, int]
+
+
+class RankedDocuments(Signed):
     """Results, the best first."""
 
-    id: str
-    model: str
     results: list[RankedDocument]
-    usage: dict[str, int]
     meta: dict[str, Any]
+
+
+class Classified(Signed):
+    """Labels of each text, the best first."""
+
+    data: list[list[Prediction]]
 
 
 class Ranks(RootModel[list[Rank] | RankedDocuments]):
@@ -226,13 +239,15 @@ def _route(
 
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
-TEI, OPENAI, COHERE, TASKS, SERVER = "text-embeddings-inference", "OpenAI", "Cohere and Jina", "Tasks", "Server"
+TEI, OPENAI, COHERE, INFINITY = "text-embeddings-inference", "OpenAI", "Cohere and Jina", "infinity"
+TASKS, SERVER = "Tasks", "Server"
 
 embed = _route(Vectors, TEI, application_octet_stream=_BINARY, application_x_npy=_BINARY)
 embed_all = _route(TokenVectors, TEI)
 embed_sparse = _route(SparseVectors, TEI)
 similarity = _route(Cosines, TEI)
 predict = _route(Predictions, TEI)
+classify = _route(Classified, INFINITY, OpenAIError)
 rerank = _route(Ranks, TEI)
 tokenize = _route(Tokens, TEI)
 decode = _route(Decoded, TEI)

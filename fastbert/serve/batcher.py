@@ -252,6 +252,7 @@ class Batcher:
                 for request, error in outcome.settled:
                     if error is not None:  # what else it has waiting is not computed
                         self._lanes.remove(request)
+                self._pace.answered(len(outcome.settled), self.latency, monotonic())
             self._running_until = 0.0
             self._hand_over(outcome)
 

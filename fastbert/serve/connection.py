@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from fastbert.serve.gate import GONE, LATE, TASK
+from fastbert.serve.gate import CYCLE, GONE, LATE, TASK
 
 MAX_HEADER_BYTES = 64 * 1024
 
@@ -62,6 +62,7 @@ class Connection(HttpToolsProtocol):
         self._header_bytes = 0
         self._in_body = True
         super().on_headers_complete()
+        self.cycle.scope[CYCLE] = self.cycle  # type: ignore[literal-required]
 
     def on_message_complete(self) -> None:
         """The request is here."""

@@ -28,7 +28,7 @@ class ServeError(Exception):
 
     status: ClassVar[int] = 500
     error_type: ClassVar[str] = "Internal"
-    failure: ClassVar[str] = "inference"
+    failure: str = "inference"
     openai: ClassVar[tuple[int, str, str | None]] = (500, "server_error", None)
 
     def __init__(self, message: str, param: str | None = None, headers: Mapping[str, str] | None = None) -> None:
@@ -189,7 +189,7 @@ def dialect_of(path: str, compat: str) -> str:
     """Which dialect a path's errors speak; `compat` is the server's setting, `openai` or `tei`."""
     if path.startswith("/v2/"):
         return "cohere"
-    if path.startswith("/v1/") or path == "/embeddings":
+    if path.startswith("/v1/") or path in ("/embeddings", "/classify", "/models"):
         return "tei-flat" if compat == "tei" else "openai"
     return "tei"
 

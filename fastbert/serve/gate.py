@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import typing
 from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fastbert.serve.call import Call
+from fastbert.serve.call import Answer, Call
 from fastbert.serve.errors import InternalError, NotReady, Overload, ServeError, SlowBody, render
 from fastbert.serve.records import log_request
 from fastbert.serve.series import STAGES
@@ -34,6 +35,7 @@ CALL = "fastbert.call"
 TASK = "fastbert.task"  # the connection cancels it when the client leaves
 GONE = "fastbert.gone"  # and says so here
 LATE = "fastbert.late"  # or when the body takes longer than these seconds
+CYCLE = "fastbert.cycle"  # uvicorn's side of the request, where it is uvicorn's
 _UNANSWERED = 499
 
 
@@ -65,6 +67,8 @@ class Gate:
             handler = route.get_route_handler()
             for method in route.methods or ():
                 self.handlers[method, route.path] = handler
+        for method, path, name in (("POST", "/vertex", "AIP_PREDICT_ROUTE"), ("GET", "/health", "AIP_HEALTH_ROUTE")):
+            self.handlers[method, os.environ.get(name, path)] = self.handlers[method, path]  # Vertex AI says where
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or pass on what is none."""
@@ -88,7 +92,10 @@ class Gate:
         span = None if self.tracer is None else self.tracer.begin(call)
         try:
             response = await self._answer(call, scope, receive, send_marked)
-            if response is not None:
+            cycle = scope.pop(CYCLE, None) if self.state.phase == "ready" else None
+            if isinstance(response, Answer) and cycle is not None and response.written(cycle, call.id):
+                status = response.status_code
+            elif response is not None:
                 await response(scope, receive, send_marked)
         except asyncio.CancelledError:
             if scope.get(GONE):
@@ -106,6 +113,7 @@ class Gate:
             if span is not None and self.tracer is not None:
                 self.tracer.end(span, call, status)
             log_request(call, status)
+            scope.pop(CYCLE, None)
             del scope[CALL], scope[TASK]  # without a circle all of it is freed now, not by the collector
 
     async def _answer(self, call: Call, scope: Scope, receive: Receive, send: Send) -> Response | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from fastbert.serve.errors import (
     NonFiniteOutput,
     NotReady,
     Overload,
+    ServeError,
     TooLate,
     TooManyInputs,
     WrongModel,
@@ -29,7 +31,22 @@ _PROMPTED = ("embedding", "splade")
 _MOST_NUMBERS = 2**24  # of an answer with an array for each token or mask: 64 MB, in JSON thrice that
 
 
-def need(call: Call, model: Model, kinds: Sequence[str], message: str) -> None:
+def counted(call: Call, batch: bool) -> None:
+    """Count a request in TEI's series, whatever becomes of it."""
+    call.server.series.request_count.add(1, _method(batch))
+
+
+@contextmanager
+def tokenizing() -> Iterator[None]:
+    """What is wrong with an input counts as `tokenization`, as in TEI, which finds it there."""
+    try:
+        yield
+    except ServeError as error:
+        error.failure = "tokenization"
+        raise
+
+
+def need(model: Model, kinds: Sequence[str], message: str) -> None:
     """Raise WrongModel unless the model is of one of the kinds."""
     if model.served.kind not in kinds:
         raise WrongModel(f"Backend error: {message}", "model")
@@ -48,8 +65,9 @@ def check_texts(call: Call, inputs: str | list[str]) -> list[str]:
     """A text or texts as a list, not too many and none of them empty."""
     texts = [inputs] if isinstance(inputs, str) else inputs
     check_count(call, len(texts))
-    if not all(texts):
-        raise EmptyInput("Input validation error: `inputs` cannot be empty", "inputs")
+    with tokenizing():
+        if not all(texts):
+            raise EmptyInput("Input validation error: `inputs` cannot be empty", "inputs")
     return texts
 
 
@@ -85,29 +103,28 @@ async def compute(
     Raises:
         ServeError: empty, too long or unknown inputs; overload, a passed deadline, a failed computation.
     """
-    begin(call, model, len(inputs), batch)
-    if not all(any(i) if isinstance(i, tuple) else i for i in inputs):
-        raise EmptyInput("Input validation error: `inputs` cannot be empty", "inputs")
+    begin(call, model, len(inputs))
     call.characters = sum(len(i[0]) + len(i[1]) if isinstance(i, tuple) else len(i) for i in inputs)
     settings = call.server.settings
     started = time.perf_counter()
-    encoded = await model.tokens.encode(
-        inputs,
-        truncate=settings.auto_truncate if truncate is None else truncate,
-        direction=direction.lower(),
-        prompt=model.prompt(prompt_name) if model.served.kind in _PROMPTED else "",
-    )
+    with tokenizing():
+        if not all(any(i) if isinstance(i, tuple) else i for i in inputs):
+            raise EmptyInput("Input validation error: `inputs` cannot be empty", "inputs")
+        encoded = await model.tokens.encode(
+            inputs,
+            truncate=settings.auto_truncate if truncate is None else truncate,
+            direction=direction.lower(),
+            prompt=model.prompt(prompt_name) if model.served.kind in _PROMPTED else "",
+        )
     call.stages["tokenize"] = time.perf_counter() - started
     call.num_truncated = sum(encoded.truncated)
     return await submit(call, model, encoded.ids, output, batch, encoded.type_ids, encoded.prompt_length)
 
 
-def begin(call: Call, model: Model, count: int, batch: bool) -> None:
-    """Count a request and its inputs in TEI's series, and check their number."""
-    series = call.server.series
-    series.request_count.add(1, _method(batch))
+def begin(call: Call, model: Model, count: int) -> None:
+    """Check the number of a request's inputs, and count them in TEI's series."""
     check_count(call, count)
-    series.inputs[_kind(model)][0].add(count)
+    call.server.series.inputs[_kind(model)][0].add(count)
 
 
 def _method(batch: bool) -> str:

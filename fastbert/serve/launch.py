@@ -43,7 +43,7 @@ def build_state(folders: Mapping[str, Path], settings: Settings, keys: Sequence[
     models = [
         load(name, id, folder, settings, cache) for name, (id, folder) in zip(names, folders.items(), strict=True)
     ]
-    series = Series(max(model.served.max_length for model in models))
+    series = Series(max(model.served.max_length for model in models), settings.compat)
     state = State(settings, models, series, Keys(keys, settings.protect_metrics), cache, started=started)
     for model in models:
         model.batcher.on_batch = series.batch

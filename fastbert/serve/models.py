@@ -93,6 +93,7 @@ def load(name: str, id: str, folder: Path, settings: Settings, cache: Cache | No
         num_threads=settings.threads,
         max_seq_length=settings.max_seq_length,
         pooling=settings.pooling,
+        dense_path=settings.dense_path,
         keep_weights=settings.keep_weights,
     )
     return Model(name, id, served, settings, cache)

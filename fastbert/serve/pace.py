@@ -1,4 +1,4 @@
-"""Whether to wait for company before a forward pass. No, but where a launch costs more than the computing."""
+"""Whether to wait for company before a forward pass: where a launch costs more, and where clients are on their way."""
 
 from __future__ import annotations
 
@@ -6,36 +6,67 @@ from fastbert.serve.lanes import Lanes
 from fastbert.serve.latency import LatencyModel
 
 _SMOOTHING = 0.1
+_FAITHFUL = 0.75  # share of the clients just answered that must have come back at once, lately, to be waited for
+_LAUNCHES = 2.0  # that waiting for all of them may take
 
 
 class Pace:
-    """How fast requests arrive.
+    """How fast requests arrive, and whether who was answered asks again at once.
 
     One pass for two requests saves the launch `a` of the second pass. Waiting `g` for it costs the first one `g` and
     the pass's longer time `x`, and the second one waits `g` less: together it pays where a > x + 2 g.
+
+    Clients that always wait for an answer come back in a burst. Without waiting for it those whom a pass has left over
+    are computed alone, and the burst is read from the sockets on cores that compute: a launch more a round, and every
+    thread of the pass held up. Where clients came back so far, and all of them are soon here, they are waited for.
     """
 
     def __init__(self) -> None:
         self._gap_s = 1.0
         self._last: float | None = None
+        self._window_s = self._answered_at = self._back_at = 0.0
+        self._answered = self._back = 0
+        self._share, self._each_s = 0.0, 0.0  # of the answered that came back, and the time that each of them took
 
     def arrived(self, now: float) -> None:
         """A request came."""
         if self._last is not None:
             self._gap_s += _SMOOTHING * (now - self._last - self._gap_s)
         self._last = now
+        if self._back < self._answered and now - self._back_at <= self._window_s:
+            self._back, self._back_at = self._back + 1, now
+
+    def answered(self, count: int, latency: LatencyModel, now: float) -> None:
+        """A pass has ended, and so many requests with it."""
+        if self._answered:
+            self._share += _SMOOTHING * (self._back / self._answered - self._share)
+        if self._back:
+            each_s = (self._back_at - self._answered_at) / self._back
+            self._each_s += _SMOOTHING * (each_s - self._each_s)
+        self._answered, self._back = count, 0
+        self._answered_at = self._back_at = now
+        self._window_s = latency.coefficients[0]
 
     def pause_s(self, lanes: Lanes, batch_tokens: int, latency: LatencyModel, now: float) -> float:
         """Seconds to wait for one more request; 0 = start now."""
-        launch = latency.coefficients[0]
         if self._last is None or not latency.is_fitted or lanes.tokens >= batch_tokens:
             return 0.0
-        gap = max(self._gap_s, now - self._last)
+        pause = max(self._returning_s(latency, now), self._next_s(lanes, latency, now))
+        latest = now + pause + latency.predict(lanes.tokens, lanes.squares) * latency.spread
+        late = any(r.work.deadline is not None and latest > r.work.deadline for r in lanes) if pause else False
+        return 0.0 if late else pause
+
+    def _returning_s(self, latency: LatencyModel, now: float) -> float:
+        """Until the next of those that were just answered should be back."""
+        missing, launch = self._answered - self._back, latency.coefficients[0]
+        if self._share < _FAITHFUL or missing * self._each_s > _LAUNCHES * launch:
+            return 0.0
+        return max(0.0, self._back_at + launch - now) if missing else 0.0
+
+    def _next_s(self, lanes: Lanes, latency: LatencyModel, now: float) -> float:
+        """Until anybody should come."""
+        assert self._last is not None
+        launch, gap = latency.coefficients[0], max(self._gap_s, now - self._last)
         if launch <= latency.marginal(lanes.tokens, lanes.squares) + 2 * gap:
             return 0.0
-        latest = now + gap + latency.predict(lanes.tokens, lanes.squares) * latency.spread
-        for request in lanes:
-            late = request.work.deadline is not None and latest > request.work.deadline
-            if late or now + gap - request.arrived > launch:
-                return 0.0
-        return gap
+        return 0.0 if any(now + gap - request.arrived > launch for request in lanes) else gap

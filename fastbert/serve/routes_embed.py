@@ -12,7 +12,7 @@ from fastbert.serve import answers, wire
 from fastbert.serve.call import Call
 from fastbert.serve.errors import EmptyInput, Invalid, WrongModel
 from fastbert.serve.gate import DirectRoute
-from fastbert.serve.infer import as_list, check_count, compute, need, timed
+from fastbert.serve.infer import as_list, check_count, compute, counted, need, timed
 from fastbert.serve.models import Model
 from fastbert.serve.schemas import (
     CohereEmbedRequest,
@@ -55,6 +55,7 @@ async def embed(call: Call, body: EmbedRequest) -> Response:
 
 
 async def _splade(call: Call, model: Model, body: EmbedRequest, inputs: list[Any], batch: bool) -> np.ndarray:
+    counted(call, batch)
     if body.normalize:
         raise WrongModel("Backend error: `normalize` is not available for SPLADE models", "normalize")
     rows = await compute(
@@ -68,7 +69,8 @@ async def _vectors(
     call: Call, model: Model, inputs: list[Any], batch: bool, dimensions: int | None, options: Any, normalized: bool
 ) -> np.ndarray:
     """(N, D) float32: cut to `dimensions`, then scaled, as `Embedder.encode` does it."""
-    need(call, model, ("embedding",), "Model is not an embedding model")
+    counted(call, batch)
+    need(model, ("embedding",), "Model is not an embedding model")
     width = model.served.dimension
     if dimensions == 0:
         raise Invalid("Input validation error: `dimensions` should be positive", "dimensions")
@@ -101,9 +103,10 @@ async def embed_all(call: Call, body: EmbedAllRequest) -> Response:
     """One vector a token, special tokens included, not scaled."""
     model = call.model()
     inputs, batch = as_list(body.inputs)
+    counted(call, batch)
     if model.served.kind == "splade":
         raise WrongModel("Backend error: `embed_all` is not available for SPLADE models")
-    need(call, model, ("embedding",), "Model is not an embedding model")
+    need(model, ("embedding",), "Model is not an embedding model")
     rows = await compute(
         call, model, inputs, "tokens", batch=batch, truncate=body.truncate,
         direction=body.truncation_direction, prompt_name=body.prompt_name,
@@ -116,7 +119,8 @@ async def embed_sparse(call: Call, body: EmbedSparseRequest) -> Response:
     """The terms of a SPLADE model that are not zero, by index."""
     model = call.model()
     inputs, batch = as_list(body.inputs)
-    need(call, model, ("splade",), "Model is not an embedding model with SPLADE pooling")
+    counted(call, batch)
+    need(model, ("splade",), "Model is not an embedding model with SPLADE pooling")
     rows = await compute(
         call, model, inputs, "sparse", batch=batch, truncate=body.truncate,
         direction=body.truncation_direction, prompt_name=body.prompt_name,
@@ -154,7 +158,6 @@ async def openai_embeddings(call: Call, body: OpenAIEmbeddingsRequest) -> Respon
 async def cohere_embed(call: Call, body: CohereEmbedRequest) -> Response:
     """Cohere's embeddings, of length 1; `input_type` is the name of a prompt where the model has one of that name."""
     model = call.model(body.model)
-    need(call, model, ("embedding",), "Model is not an embedding model")
     check_count(call, len(body.texts), "texts")
     prompts = model.served.prompts
     options = EmbedRequest(

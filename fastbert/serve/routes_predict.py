@@ -16,10 +16,11 @@ from fastbert.serve.call import Call
 from fastbert.serve.entities import entities
 from fastbert.serve.errors import EmptyInput, Invalid, WrongModel
 from fastbert.serve.gate import DirectRoute
-from fastbert.serve.infer import begin, check_count, check_texts, compute, need, submit, timed
+from fastbert.serve.infer import begin, check_count, check_texts, compute, counted, need, submit, timed
 from fastbert.serve.models import Model
 from fastbert.serve.schemas import (
     AnyRerankRequest,
+    ClassifyRequest,
     FillMaskRequest,
     PredictRequest,
     RerankDocumentsRequest,
@@ -37,9 +38,10 @@ _CLASSIFIERS = ("classifier", "reranker")
 async def predict(call: Call, body: PredictRequest) -> Response:
     """Labels with their scores, the best first; for a batch a list of such lists."""
     model = call.model()
-    need(call, model, _CLASSIFIERS, "Model is not a classifier model")
     pair = isinstance(body.inputs, list) and len(body.inputs) == 2 and isinstance(body.inputs[0], str)
     batch = isinstance(body.inputs, list) and isinstance(body.inputs[0], list)
+    counted(call, batch)
+    need(model, _CLASSIFIERS, "Model is not a classifier model")
     inputs = [_sequence(row) for row in body.inputs] if batch else [_sequence(body.inputs)]
     logits = await compute(
         call, model, inputs, "logits", batch=batch, truncate=body.truncate, direction=body.truncation_direction
@@ -83,36 +85,54 @@ async def rerank_documents(call: Call, body: RerankDocumentsRequest) -> Response
     texts = [document if isinstance(document, str) else document.text for document in body.documents]
     if not texts:
         raise EmptyInput("`documents` cannot be empty", "documents")
-    need(call, model, ("reranker",), "model is not a re-ranker model")
+    need(model, ("reranker",), "model is not a re-ranker model")
     if body.max_tokens_per_doc is not None:
         texts = await _cut(model, texts, body.max_tokens_per_doc)
-    scores = await _relevance(call, model, body.query, texts, None)
+    scores = await _relevance(call, model, body.query, texts, body)
     results: list[dict[str, Any]] = []
     for index in descending(scores).tolist()[: body.top_n]:
         document = {"document": {"text": texts[index]}} if body.return_documents else {}
         results.append({"index": index, "relevance_score": scores[index], **document})
     content = {
-        "id": f"rerank-{uuid.uuid4()}",
-        "model": model.name,
+        **_signed("rerank", model, call),
         "results": results,
-        "usage": {"total_tokens": call.tokens},
         "meta": {"api_version": {"version": "2"}, "billed_units": {"search_units": 1}},
     }
     return call.answer(timed(call, lambda: wire.dump(content)))
 
 
+def _signed(kind: str, model: Model, call: Call) -> dict[str, Any]:
+    """What infinity's answers, and in part Jina's and vLLM's, carry beside their results."""
+    usage = {"prompt_tokens": call.tokens, "total_tokens": call.tokens}
+    return {
+        "object": kind, "id": f"{kind}-{uuid.uuid4()}", "created": int(time.time()), "model": model.name, "usage": usage
+    }  # fmt: skip
+
+
+@router.post("/classify", **answers.classify)
+async def classify(call: Call, body: ClassifyRequest) -> Response:
+    """infinity's form of /predict: texts to their labels with scores, the best first."""
+    model = call.model(body.model)
+    counted(call, batch=True)
+    need(model, _CLASSIFIERS, "Model is not a classifier model")
+    logits = await compute(call, model, body.input, "logits", batch=True)
+    function = "none" if body.raw_scores else None
+    rows = [predictions(probabilities(row, function), model.served.id2label) for row in logits]
+    return call.answer(timed(call, lambda: wire.dump({**_signed("classify", model, call), "data": rows})))
+
+
 async def _relevance(
-    call: Call, model: Model, query: str, texts: list[str], options: RerankRequest | None
+    call: Call, model: Model, query: str, texts: list[str], options: RerankRequest | RerankDocumentsRequest
 ) -> np.ndarray:
     """(N) float32, one score a text."""
-    need(call, model, ("reranker",), "model is not a re-ranker model")
+    need(model, ("reranker",), "model is not a re-ranker model")
+    counted(call, batch=True)
     check_count(call, len(texts), "texts")
     logits = await compute(
         call, model, [(query, text) for text in texts], "logits", batch=True,
-        truncate=None if options is None else options.truncate,
-        direction="Right" if options is None else options.truncation_direction,
+        truncate=getattr(options, "truncate", None), direction=getattr(options, "truncation_direction", "Right"),
     )  # fmt: skip
-    function = "none" if options is not None and options.raw_scores else None
+    function = "none" if options.raw_scores else None
     return np.array([probabilities(row, function)[0] for row in logits], dtype=np.float32)
 
 
@@ -129,7 +149,7 @@ async def _cut(model: Model, texts: list[str], limit: int) -> list[str]:
 async def token_classification(call: Call, body: TokenClassificationRequest) -> Response:
     """Entities with their places in the text; for a list of texts a list of such lists."""
     model = call.model()
-    need(call, model, ("token-classification",), "model is not a token classification model")
+    need(model, ("token-classification",), "model is not a token classification model")
     texts, encodings, batch = await _encodings(call, model, body)
     logits = await submit(call, model, [e.ids for e in encodings], "logits", batch)
     task, tokenizer, labels = body.parameters, model.served.tokenizer.backend, model.served.id2label
@@ -148,7 +168,7 @@ async def token_classification(call: Call, body: TokenClassificationRequest) -> 
 async def fill_mask(call: Call, body: FillMaskRequest) -> Response:
     """The words that fit best where the text has the mask token; with several masks a list for each."""
     model = call.model()
-    need(call, model, ("fill-mask",), "model is not a masked language model")
+    need(model, ("fill-mask",), "model is not a masked language model")
     tokenizer, mask = model.served.tokenizer.backend, model.served.mask_id
     if mask is None:
         raise WrongModel("Backend error: the model's tokenizer has no mask token")
@@ -181,7 +201,8 @@ async def _encodings(
 ) -> tuple[list[str], list[tokenizers.Encoding], bool]:
     """Texts, their tokens with offsets, and whether they came as a list; too many tokens are cut, or refused."""
     batch = not isinstance(body.inputs, str)
-    begin(call, model, len(body.inputs) if batch else 1, batch)
+    counted(call, batch)
+    begin(call, model, len(body.inputs) if batch else 1)
     texts = check_texts(call, body.inputs)
     call.characters = sum(map(len, texts))
     started = time.perf_counter()

@@ -151,9 +151,10 @@ def _model_type(model: Model) -> dict[str, Any]:
     return {served.kind: {"id2label": labels, "label2id": {label: int(i) for i, label in labels.items()}}}
 
 
+@router.get("/models", **answers.openai_models)
 @router.get("/v1/models", **answers.openai_models)
 async def models(call: Call) -> Response:
-    """OpenAI's list of models."""
+    """OpenAI's list of models; infinity has it at `/models`."""
     created = int(time.time() - (time.monotonic() - call.server.started))
     data = [
         {"id": model.name, "object": "model", "created": created, "owned_by": "fastbert"}
@@ -204,6 +205,7 @@ async def default_task(call: Call, body: dict[str, Any]) -> Response:
 @router.post("/vertex", **answers.vertex)
 async def vertex(call: Call, body: schemas.VertexRequest) -> Response:
     """Any requests, each answered as `/` would, for Vertex AI."""
-    check_count(call, len(body.instances), "instances")
+    if body.instances:
+        check_count(call, len(body.instances), "instances")
     found = await asyncio.gather(*(default_task(call, instance) for instance in body.instances))
     return call.answer(b'{"predictions":[' + b",".join(bytes(answer.body) for answer in found) + b"]}")

@@ -12,7 +12,7 @@ from fastbert.serve import answers, wire
 from fastbert.serve.call import Call
 from fastbert.serve.errors import EmptyInput, Invalid
 from fastbert.serve.gate import DirectRoute
-from fastbert.serve.infer import check_count, check_texts
+from fastbert.serve.infer import check_count, check_texts, tokenizing
 from fastbert.serve.schemas import DecodeRequest, TokenizeRequest
 
 router = APIRouter(route_class=DirectRoute)
@@ -27,10 +27,11 @@ async def tokenize(call: Call, body: TokenizeRequest) -> Response:
     texts = check_texts(call, body.inputs)
     limit = _CHARACTERS_A_TOKEN * model.served.max_length
     longest = max(map(len, texts))
-    if longest > limit:
-        message = f"`inputs` must have less than {limit} characters. Given: {longest}"
-        raise Invalid(f"Input validation error: {message}", "inputs")
-    prompt = model.prompt(body.prompt_name)
+    with tokenizing():
+        if longest > limit:
+            message = f"`inputs` must have less than {limit} characters. Given: {longest}"
+            raise Invalid(f"Input validation error: {message}", "inputs")
+        prompt = model.prompt(body.prompt_name)
     prompted = [prompt + text for text in texts]
     encodings = await model.encodings.whole(prompted, body.add_special_tokens)
     content = [_tokens(text, encoding) for text, encoding in zip(prompted, encodings, strict=True)]
@@ -57,6 +58,7 @@ async def decode(call: Call, body: DecodeRequest) -> Response:
     model = call.model()
     rows: list[Any] = body.ids if body.ids and isinstance(body.ids[0], list) else [body.ids]
     check_count(call, len(rows), "ids")
-    if not all(rows):
-        raise EmptyInput("Input validation error: `input_ids` cannot be empty", "ids")
+    with tokenizing():
+        if not all(rows):
+            raise EmptyInput("Input validation error: `input_ids` cannot be empty", "ids")
     return call.answer(wire.dump([model.encodings.decode(ids, body.skip_special_tokens) for ids in rows]))

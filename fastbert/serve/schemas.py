@@ -98,6 +98,14 @@ class PredictRequest(_Truncated):
     parameters: PredictParameters | None = None
 
 
+class ClassifyRequest(_Request):
+    """infinity's form."""
+
+    input: list[str]
+    model: str | None = None
+    raw_scores: Flag = False
+
+
 class RerankRequest(_Truncated):
     """text-embeddings-inference's form."""
 
@@ -114,11 +122,12 @@ class Document(_Request):
 
 
 class RerankDocumentsRequest(_Request):
-    """The form of Cohere, Jina and vLLM."""
+    """The form of Cohere, Jina, vLLM and infinity."""
 
     model: str | None = None
     query: str
     documents: list[str | Document]
+    raw_scores: Flag = False
     top_n: Annotated[int, Field(strict=True, ge=1)] | None = None
     return_documents: Flag = False
     max_tokens_per_doc: Annotated[int, Field(strict=True, ge=1)] | None = Field(

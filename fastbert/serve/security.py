@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import os
 from collections.abc import Iterable
 
 from starlette.types import Message, Receive
@@ -31,7 +32,9 @@ class Keys:
 
     def __init__(self, keys: Iterable[str], protect_metrics: bool = False) -> None:
         self._keys = [key.encode() for key in keys]
-        self._public = PUBLIC if protect_metrics else PUBLIC | METRICS
+        self._public = {*PUBLIC, os.environ.get("AIP_HEALTH_ROUTE", "/health")} | (
+            set() if protect_metrics else METRICS
+        )
 
     def __bool__(self) -> bool:
         return bool(self._keys)

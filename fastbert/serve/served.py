@@ -26,6 +26,7 @@ from fastbert.models.encoder import EncoderModel
 from fastbert.models.quantize import loaded_dtype, quantize
 from fastbert.packing import PackedBatch
 from fastbert.pooling import Pooling
+from fastbert.sentence_folder import with_dense
 from fastbert.serve import readouts
 from fastbert.serve.kinds import Kind, kind_of
 from fastbert.serve.readouts import Readout
@@ -110,6 +111,7 @@ class Served:
         num_threads: int | None = None,
         max_seq_length: int | None = None,
         pooling: str | None = None,
+        dense_path: str | None = None,
         keep_weights: bool = True,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -124,6 +126,7 @@ class Served:
             num_threads: threads of a CPU forward pass; None = what affinity, control groups and torch's setting allow.
             max_seq_length: tokens an input; None = as the model's files say.
             pooling: instead of what the files say; see `fastbert.serve.kinds.kind_of`.
+            dense_path: folder of a Dense module, in the model's own, that takes the place of those that the files name.
             keep_weights: as in `Embedder.from_pretrained`.
             revision, cache_dir, token, local_files_only: as in `huggingface_hub.snapshot_download`.
 
@@ -140,10 +143,16 @@ class Served:
             embedder = Embedder.from_pretrained(root, dtype, device, max_seq_length=max_seq_length)
             if kind.pooling is not None:
                 embedder.pooling = Pooling((kind.pooling,), embedder.pooling.include_prompt)
+            if dense_path is not None:
+                embedder.modules = with_dense(embedder.modules, root / dense_path).to(device)
             served = cls(
                 kind, embedder.model, embedder.tokenizer, dtype, embedder=embedder, num_threads=num_threads, sha=sha
             )
             return served if keep_weights else served._without_weights()
+        if dense_path is not None:
+            raise ValueError(
+                f"{root} holds a {kind.name} model: only vectors go through a Dense module, not its answers"
+            )
         family = _HEADS[kind.name].class_of(read_json(kind.transformer / "config.json").get("model_type"))
         model = family.from_pretrained(kind.transformer, dtype=loaded_dtype(dtype), device=device)
         limit = position_limit(model.base_model)

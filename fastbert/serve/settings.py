@@ -34,6 +34,9 @@ class Settings:
     pooling: str | None = _setting(
         None, "Model", "cls, mean, max, last-token or splade instead of what the model's files say.", env="POOLING"
     )
+    dense_path: str | None = _setting(
+        None, "Model", "Folder, in the model's, of a Dense module to use instead of its own.", env="DENSE_PATH"
+    )
     max_seq_length: int | None = _setting(None, "Model", "Tokens a text; longer ones are cut.", min=1)
     auto_truncate: bool = _setting(
         True, "Model", "Cut texts that are too long, where the request does not say.", env="AUTO_TRUNCATE"
@@ -43,7 +46,7 @@ class Settings:
     )
     default_prompt: str | None = _setting(None, "Model", "Words put before every text.", env="DEFAULT_PROMPT")
     hf_token: str | None = _setting(
-        None, "Model", "Token for the hub.", "--hf-token", "--hf-api-token", env="HF_TOKEN", secret=True
+        None, "Model", "Token for the hub.", "--hf-token", "--hf-api-token", env="HF_TOKEN HF_API_TOKEN", secret=True
     )
     huggingface_hub_cache: Path | None = _setting(None, "Model", "The hub's cache.", env="HUGGINGFACE_HUB_CACHE")  # noqa: RUF009
 
@@ -94,7 +97,7 @@ class Settings:
     protect_metrics: bool = _setting(False, "Security", "Ask for the key on /metrics and /stats too.")
 
     compat: str = _setting(
-        "openai", "Dialect", "Errors of /v1 in the envelope of `openai`, or flat as `tei` sends them."
+        "openai", "Dialect", "`tei`: errors of /v1 flat, and counters, as TEI has them; `openai`: its envelope."
     )
 
     drain_grace_s: float = _setting(
