@@ -24,7 +24,7 @@ from benchmarks import harness
 from benchmarks.models import MADE, folder_of
 from benchmarks.providers import BASE, OWN, chosen, dtype_of, make, package_of, padding_percent, reason_against
 from benchmarks.texts import WORDS, real_texts
-from benchmarks.turns import Failed, Provider, take_turns
+from benchmarks.turns import Cell, Failed, Provider, take_turns
 from fastbert import Embedder
 from fastbert.hub import DEFAULT_MODEL
 from fastbert.sentence_folder import read_folder
@@ -75,6 +75,27 @@ def text_of(length: int, encode: Callable[[list[str]], list[list[int]]]) -> str:
 
 
 @dataclass(frozen=True)
+class Case:
+    """Texts of one call, and who may have a row.
+
+    Attributes:
+        what: the kind of texts.
+        mode: throughput of a list, or batch1.
+        texts: of one call.
+        cosines: worst cosine of each provider that passed.
+    """
+
+    what: str
+    mode: str
+    texts: list[str]
+    cosines: dict[str, float]
+
+    def cell(self, providers: Sequence[Provider]) -> Cell:
+        """What takes turns; a list is many texts a sample, and long, so it needs fewer."""
+        return Cell(self.texts, [p for p in providers if p.name in self.cosines], 1 if self.mode == "batch1" else 4)
+
+
+@dataclass(frozen=True)
 class Bench:
     """What all measurements of a run share.
 
@@ -82,13 +103,11 @@ class Bench:
         providers: those that run.
         exact: the model in fp64, which judges them.
         roofs: by dtype.
-        seconds: for each list of texts, all providers together.
     """
 
     providers: Sequence[Provider]
     exact: Embedder
     roofs: dict[str, harness.Roofs]
-    seconds: float
 
     def gate(self, what: str, texts: list[str]) -> dict[str, float]:
         """Worst cosine of each provider that may have a row."""
@@ -104,15 +123,14 @@ class Bench:
             print(f"{what}: {name} fails the gate, worst cosine {cosines[name]:.6f}")
         return kept
 
-    def measure(self, what: str, mode: str, texts: list[str], cosines: dict[str, float]) -> list[harness.Row]:
-        """Rows of one list of texts, encoded in one call; `cosines` names those that may have one."""
-        ids = self.exact.tokenizer.encode(texts).ids
+    def rows(self, case: Case, times: dict[str, list[float]]) -> list[harness.Row]:
+        """Rows of one case, from the samples of each provider in ms."""
+        ids = self.exact.tokenizer.encode(case.texts).ids
         tokens, squares = sum(map(len, ids)), sum(len(i) ** 2 for i in ids)
         config = self.exact.model.config
         layers, D, F = config.num_hidden_layers, config.hidden_size, config.intermediate_size
         weights = layers * (4 * D * D + 2 * D * F)
         flop = 2 * weights * tokens + 4 * layers * D * squares
-        times = take_turns([p for p in self.providers if p.name in cosines], texts, self.seconds)
         rows = []
         for name, ms in times.items():
             p50, p20, p80 = harness.percentiles(ms)
@@ -120,11 +138,11 @@ class Bench:
             roofs = self.roofs[dtype_of(name)].beside_cache(nbytes, "cpu")
             rows.append(
                 harness.Row(
-                    "encode", f"{what}-{len(texts)}x{tokens}", name, mode, dtype_of(name),
+                    "encode", f"{case.what}-{len(case.texts)}x{tokens}", name, case.mode, dtype_of(name),
                     *(round(v, 4) for v in (p50, p20, p80)), round(nbytes / p50 / 1e6, 3), round(flop / p50 / 1e9, 4),
                     round(100 * roofs.bound_ms(nbytes, flop) / p50, 1), harness.times_base(times.get(BASE), ms),
-                    padding_percent(name, ids), round(cosines[name], 6), **roofs.columns(), version=package_of(name),
-                    samples=harness.joined(ms),
+                    padding_percent(name, ids), round(case.cosines[name], 6), **roofs.columns(),
+                    version=package_of(name), samples=harness.joined(ms),
                 )
             )  # fmt: skip
         return rows
@@ -159,7 +177,7 @@ def main() -> None:
     """Measure, print a table, write the rows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=DEFAULT_MODEL, help=f"folder, hub id or one of {', '.join(MADE)}")
-    parser.add_argument("--seconds", type=float, default=40, help="of each list of texts, all providers together")
+    parser.add_argument("--seconds", type=float, default=600, help="of turns, all providers and texts together")
     parser.add_argument("--texts", type=int, default=256)
     parser.add_argument("--only", help="providers, separated by commas")
     parser.add_argument("--against", help="peers, separated by commas, beside ours and the base")
@@ -178,19 +196,19 @@ def main() -> None:
         exact.model.double()
         dtypes = dict.fromkeys(dtype_of(provider.name) for provider in providers)
         roofs = {dtype: harness.measure_roofs(getattr(torch, dtype), "cpu") for dtype in dtypes}
-        bench = Bench(providers, exact, roofs, args.seconds)
-        rows: list[harness.Row] = []
+        bench = Bench(providers, exact, roofs)
+        cases = []
         for mix, words in list(WORDS.items())[: 1 if args.quick else None]:
             texts = real_texts(words, args.texts)
             cosines = bench.gate(mix, texts)
-            rows += bench.measure(own + mix, "throughput", texts, cosines)
             typical = sorted(texts, key=len)[len(texts) // 2]
-            rows += bench.measure(own + mix, "batch1", [typical], cosines)
+            cases += [Case(own + mix, "throughput", texts, cosines), Case(own + mix, "batch1", [typical], cosines)]
         room = exact.model.config.max_position_embeddings
         for length in [n for n in lengths if n <= room]:
             text = text_of(length, lambda texts: exact.tokenizer.encode(texts).ids)
-            cosines = bench.gate(f"length {length}", [text])
-            rows += bench.measure(f"{own}length", "batch1", [text], cosines)
+            cases.append(Case(f"{own}length", "batch1", [text], bench.gate(f"length {length}", [text])))
+        times = take_turns([case.cell(providers) for case in cases], args.seconds)
+        rows = [row for case, found in zip(cases, times, strict=True) for row in bench.rows(case, found)]
     device = harness.device_name("cpu")
     harness.console().print(table(f"{args.model}, {device}, {torch.get_num_threads()} threads", rows))
     if args.quick and harness.RESULTS == harness.COMMITTED:

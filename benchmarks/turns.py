@@ -9,12 +9,15 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
+import random
 import signal
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -25,7 +28,7 @@ WARM_MS = 10.0  # of calls before the clock starts: threads awake, weights in th
 LEAST_MS = 40.0  # of calls that make one sample, their median: neither the clock nor one interruption decides
 PR_SET_PDEATHSIG = 1
 LEAVE_S = 10.0  # for a provider to end by itself
-ROUNDS = (5, 25)  # at least, at most
+LEAST_SAMPLES = 5  # of each cell, however little time there is
 
 
 class Failed(RuntimeError):
@@ -143,19 +146,38 @@ def _calls(encode: Encode, texts: list[str], least_ms: float) -> list[float]:
     return times
 
 
-def take_turns(providers: Sequence[Provider], texts: list[str], seconds: float) -> dict[str, list[float]]:
-    """Milliseconds a call of each provider, one sample a round: a noisy minute hits all alike.
+@dataclass(frozen=True)
+class Cell:
+    """Texts with which providers take turns.
+
+    Attributes:
+        texts: of one call.
+        providers: those that may.
+        every: in which rounds: each, every second, ...
+    """
+
+    texts: list[str]
+    providers: Sequence[Provider]
+    every: int = 1
+
+
+def take_turns(cells: Sequence[Cell], seconds: float) -> list[dict[str, list[float]]]:
+    """Milliseconds a call of each cell's providers, one sample a round.
+
+    A round goes through all cells: a machine has slow minutes, which take some rounds of each cell instead of all
+    rounds of one. Whom one follows is drawn anew in each.
 
     Args:
-        seconds: for all together; within `ROUNDS`, as many rounds as they allow.
+        seconds: for all together; beyond them only for what `LEAST_SAMPLES` demands.
     """
-    least, most = ROUNDS
-    times: dict[str, list[float]] = {provider.name: [] for provider in providers}
-    order, start = list(providers), time.perf_counter()
-    for done in range(1, most + 1):
-        for provider in order:
-            times[provider.name].append(provider.time(texts))
-        order.reverse()
-        if done >= least and (time.perf_counter() - start) * (done + 1) / done > seconds:
-            break
-    return times
+    least = LEAST_SAMPLES * max(cell.every for cell in cells)
+    times: list[dict[str, list[float]]] = [{p.name: [] for p in cell.providers} for cell in cells]
+    rng, start = random.Random(0), time.perf_counter()
+    for done in count():
+        if done >= least and time.perf_counter() - start > seconds:
+            return times
+        for cell, found in zip(cells, times, strict=True):
+            if done % cell.every == 0:
+                for provider in rng.sample(cell.providers, len(cell.providers)):
+                    found[provider.name].append(provider.time(cell.texts))
+    raise AssertionError("rounds have no end")
