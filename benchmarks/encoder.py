@@ -92,7 +92,7 @@ class Case:
 
     def cell(self, providers: Sequence[Provider]) -> Cell:
         """What takes turns; a list is many texts a sample, and long, so it needs fewer."""
-        return Cell(self.texts, [p for p in providers if p.name in self.cosines], 1 if self.mode == "batch1" else 4)
+        return Cell(self.texts, [p for p in providers if p.name in self.cosines], 1 if self.mode == "batch1" else 3)
 
 
 @dataclass(frozen=True)
@@ -136,12 +136,13 @@ class Bench:
             p50, p20, p80 = harness.percentiles(ms)
             nbytes = weights * {"float32": 4, "bfloat16": 2, "int8": 1}[dtype_of(name)]  # read once a call, at least
             roofs = self.roofs[dtype_of(name)].beside_cache(nbytes, "cpu")
+            times_base, low, high = harness.times_base(times.get(BASE), ms)
             rows.append(
                 harness.Row(
                     "encode", f"{case.what}-{len(case.texts)}x{tokens}", name, case.mode, dtype_of(name),
                     *(round(v, 4) for v in (p50, p20, p80)), round(nbytes / p50 / 1e6, 3), round(flop / p50 / 1e9, 4),
-                    round(100 * roofs.bound_ms(nbytes, flop) / p50, 1), harness.times_base(times.get(BASE), ms),
-                    padding_percent(name, ids), round(case.cosines[name], 6), **roofs.columns(),
+                    round(100 * roofs.bound_ms(nbytes, flop) / p50, 1), round(harness.fast_tenth(ms), 4),
+                    times_base, low, high, padding_percent(name, ids), round(case.cosines[name], 6), **roofs.columns(),
                     version=package_of(name), samples=harness.joined(ms),
                 )
             )  # fmt: skip
@@ -150,7 +151,11 @@ class Bench:
 
 def table(title: str, rows: list[harness.Row]) -> Table:
     """Rows by texts and mode; the fastest of each dtype class is marked, whosever it is."""
-    shown = Table(title=title, caption="* the fastest of its number format on these texts", caption_justify="left")
+    caption = (
+        "* the fastest of its number format on these texts; x ST by the fast tenth of the rounds, ~ where the parts of "
+        f"this run differ by more than {harness.AGREE:.2f} times"
+    )
+    shown = Table(title=title, caption=caption, caption_justify="left")
     for column in ("texts", "mode", "provider", "texts/s", "tokens/s", "ms p50 (p20, p80)"):
         shown.add_column(column, justify="left" if column in ("texts", "mode", "provider") else "right", no_wrap=True)
     for column in ("x ST", "% roof", "% padding", "cosine"):
@@ -166,8 +171,8 @@ def table(title: str, rows: list[harness.Row]) -> Table:
             shown.add_row(
                 what, row.mode, f"{name}{mark}", f"{1e3 * count / row.ms_p50:,.0f}",
                 f"{1e3 * tokens / row.ms_p50:,.0f}", f"{row.ms_p50:.2f} ({row.ms_p20:.2f}, {row.ms_p80:.2f})",
-                f"{row.times_base:.2f}", f"{row.roof_percent:.0f}", f"{row.padding_percent:.0f}",
-                f"{row.worst_cosine:.5f}",
+                f"{harness.mark(row.times_low, row.times_high)}{row.times_base:.2f}", f"{row.roof_percent:.0f}",
+                f"{row.padding_percent:.0f}", f"{row.worst_cosine:.5f}",
             )  # fmt: skip
         shown.add_section()
     return shown
@@ -183,9 +188,9 @@ def main() -> None:
     parser.add_argument("--against", help="peers, separated by commas, beside ours and the base")
     parser.add_argument("--quick", action="store_true", help="a few texts once, to see that all works; writes no rows")
     args = parser.parse_args()
-    lengths = LENGTHS
+    lengths, parts = LENGTHS, harness.PARTS
     if args.quick:
-        args.seconds, args.texts, lengths = 0, 8, LENGTHS[::3]
+        args.seconds, args.texts, lengths, parts = 0, 8, LENGTHS[::3], 1
     with ExitStack() as stack:
         folder = roomy(folder_of(args.model), max(lengths), stack)
         own = "" if args.model == DEFAULT_MODEL else f"{Path(args.model).name} "  # begins the cases of another model
@@ -207,7 +212,7 @@ def main() -> None:
         for length in [n for n in lengths if n <= room]:
             text = text_of(length, lambda texts: exact.tokenizer.encode(texts).ids)
             cases.append(Case(f"{own}length", "batch1", [text], bench.gate(f"length {length}", [text])))
-        times = take_turns([case.cell(providers) for case in cases], args.seconds)
+        times = take_turns([case.cell(providers) for case in cases], args.seconds, parts)
         rows = [row for case, found in zip(cases, times, strict=True) for row in bench.rows(case, found)]
     device = harness.device_name("cpu")
     harness.console().print(table(f"{args.model}, {device}, {torch.get_num_threads()} threads", rows))

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import date
 from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ import fastbert
 from fastbert import native
 
 COMMITTED = Path(__file__).parent / "results"
+PARTS = 3  # of a run; between them providers' processes start anew
+AGREE = 1.1  # what two runs of the same code should agree within
 # `python -m benchmarks --out` sends the rows of its suites elsewhere.
 RESULTS = Path(os.environ.get("FASTBERT_BENCH_OUT", COMMITTED))
 
@@ -47,8 +50,10 @@ class Row(Machine):
     `peak_tflop_s` is the roof of arithmetic, `gemm_tflop_s` what torch's largest GEMM reached; rows that were measured
     before there was a peak have none, and their percent is of the GEMM.
     `times_base` is how many times as fast as the row's base (the reference of an op, sentence-transformers in fp32) it
-    was: the median over the rounds of that round's ratio, which a slow minute leaves as it is. `samples` are the ms of
-    the rounds, for `--compare`. `padding_percent` is the share of computed tokens that were padding.
+    was, by `ms_p10` of both: what else a machine does only ever adds time, to some more than to others, so the fast
+    tenth is what two runs agree on. `times_low` and `times_high` are the least and the largest such ratio of the run's
+    parts. `samples` are the ms of the rounds, for `--compare`. `padding_percent` is the share of computed tokens that
+    were padding.
     """
 
     op: str
@@ -62,7 +67,10 @@ class Row(Machine):
     gb_s: float
     tflop_s: float
     roof_percent: float
+    ms_p10: float = math.nan
     times_base: float = math.nan
+    times_low: float = math.nan
+    times_high: float = math.nan
     padding_percent: float = 0.0
     worst_cosine: float = math.nan
     copy_gb_s: float = math.nan
@@ -129,9 +137,33 @@ def _timed(function: Callable[[], object], calls: int) -> float:
     return 1e3 * (time.perf_counter() - start) / calls
 
 
-def times_base(base: Sequence[float] | None, times: Sequence[float]) -> float:
-    """How many times as fast as the base: the median of the rounds' ratios. NaN without a base."""
-    return math.nan if base is None else round(statistics.median(b / t for b, t in zip(base, times, strict=True)), 3)
+def fast_tenth(times: Sequence[float]) -> float:
+    """The tenth percentile: as fast as it was in a tenth of the rounds."""
+    return statistics.quantiles(times, n=10, method="inclusive")[0] if len(times) > 1 else times[0]
+
+
+def times_base(base: Sequence[float] | None, times: Sequence[float]) -> tuple[float, float, float]:
+    """How many times as fast as the base, by the fast tenth of each.
+
+    Args:
+        base: samples of the base, as many as `times`; None gives NaN.
+        times: samples of all `PARTS` of a run, one part after the other, all of one size.
+
+    Returns:
+        (of the whole run, least of its parts, largest of its parts); the last two NaN where there are too few samples.
+    """
+    if base is None:
+        return (math.nan,) * 3
+    ends = [len(times) * i // PARTS for i in range(PARTS + 1)]
+    parts = [(base[a:b], times[a:b]) for a, b in pairwise(ends)]
+    ratios = [fast_tenth(b) / fast_tenth(t) for b, t in parts] if ends[1] else [math.nan]
+    whole = fast_tenth(base) / fast_tenth(times)
+    return round(whole, 3), round(min(ratios), 3), round(max(ratios), 3)
+
+
+def mark(low: float, high: float) -> str:
+    """What a ratio is marked with: "~" where the parts of one run differ by more than two runs should, or nothing."""
+    return "~" if high / low > AGREE else ""
 
 
 def joined(times: Sequence[float]) -> str:

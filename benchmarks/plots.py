@@ -11,6 +11,8 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from benchmarks.harness import mark
+
 Row = Mapping[str, str]
 
 THEMES = {
@@ -43,6 +45,10 @@ def size_of(row: Row) -> tuple[int, int]:
     """(texts, tokens) of an encoder row."""
     texts, tokens = row["case"].rpartition("-")[2].split("x")
     return int(texts), int(tokens)
+
+
+def _ratio(row: Row) -> str:
+    return f"{mark(float(row['times_low']), float(row['times_high']))}{float(row['times_base']):.1f}x"
 
 
 def _style(theme: Mapping[str, str]) -> dict[str, Any]:
@@ -132,7 +138,7 @@ def peers(rows: Sequence[Row], theme: Mapping[str, str]) -> Figure | None:
                   error_kw={"ecolor": theme["ink"], "elinewidth": 0.8})  # fmt: skip
         for i, (row, rate) in enumerate(zip(members, rates, strict=True)):
             end = max(rate, spread[1][i])
-            axes.text(end, i, f"  {rate:,.0f}  ({float(row['times_base']):.1f}x)", va="center", fontsize=7)
+            axes.text(end, i, f"  {rate:,.0f}  ({_ratio(row)})", va="center", fontsize=7)
         axes.set_yticks(range(len(members)), [r["backend"] for r in members], fontsize=8)
         for label, row in zip(axes.get_yticklabels(), members, strict=True):
             label.set(color=theme["ours"] if is_ours(row["backend"]) else theme["ink"])
