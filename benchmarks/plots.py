@@ -11,7 +11,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from benchmarks.harness import mark
+from benchmarks import harness
 
 Row = Mapping[str, str]
 
@@ -48,7 +48,7 @@ def size_of(row: Row) -> tuple[int, int]:
 
 
 def _ratio(row: Row) -> str:
-    return f"{mark(float(row['times_low']), float(row['times_high']))}{float(row['times_base']):.1f}x"
+    return f"{harness.mark(float(row['times_low']), float(row['times_high']))}{float(row['times_base']):.1f}x"
 
 
 def _style(theme: Mapping[str, str]) -> dict[str, Any]:

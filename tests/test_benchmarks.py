@@ -378,8 +378,8 @@ def rows_of(slower: float = 1.0, noise: float = 0.02) -> list[harness.Row]:
         rows.append(
             harness.Row(
                 "encode", "query-64x900", name, "throughput", providers.dtype_of(name), p50, p20, p80, 1.0, 0.1, 50.0,
-                harness.fast_tenth(times), *harness.times_base((minute * 30).tolist(), times), copy_gb_s=20.0, peak_tflop_s=0.3,
-                samples=harness.joined(times), device="cpu", isa="avx2", load=0.1, commit="abc",
+                harness.fast_tenth(times), *harness.times_base((minute * 30).tolist(), times), copy_gb_s=20.0,
+                peak_tflop_s=0.3, samples=harness.joined(times), device="cpu", isa="avx2", load=0.1, commit="abc",
             )
         )  # fmt: skip
     return rows
