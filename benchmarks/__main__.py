@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -84,6 +85,7 @@ def run(suite: str, options: list[str], out: Path, threads: int | None) -> int:
         "FASTBERT_BENCH_OUT": str(out.resolve()),
         "PYTHONPATH": os.pathsep.join([str(SOURCE), os.environ.get("PYTHONPATH", "")]),
         "TOKENIZERS_PARALLELISM": "true",
+        "COLUMNS": str(shutil.get_terminal_size((140, 24)).columns),
     }
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from rich.console import Group
 from rich.table import Table
 
 from benchmarks import harness
@@ -149,33 +150,32 @@ class Bench:
         return rows
 
 
-def table(title: str, rows: list[harness.Row]) -> Table:
-    """Rows by texts and mode; the fastest of each dtype class is marked, whosever it is."""
-    caption = (
-        "* the fastest of its number format on these texts; x ST by the fast tenth of the rounds, ~ where the parts of "
-        f"this run differ by more than {harness.AGREE:.2f} times"
-    )
-    shown = Table(title=title, caption=caption, caption_justify="left")
-    for column in ("texts", "mode", "provider", "texts/s", "tokens/s", "ms p50 (p20, p80)"):
-        shown.add_column(column, justify="left" if column in ("texts", "mode", "provider") else "right", no_wrap=True)
-    for column in ("x ST", "% roof", "% padding", "cosine"):
-        shown.add_column(column, justify="right", no_wrap=True)
-    for _, group in groupby(rows, key=lambda row: (row.case, row.mode)):
+def tables(rows: list[harness.Row]) -> Group:
+    """A table for each list of texts and mode; the fastest of each dtype class is marked, whosever it is."""
+    shown: list[Table | str] = []
+    columns = ("provider", "texts/s", "ms p50", "p20", "p80", "x ST", "roof", "pad", "cosine")
+    for (case, mode), group in groupby(rows, key=lambda row: (row.case, row.mode)):
+        what, _, size = case.rpartition("-")
+        count, tokens = map(int, size.split("x"))
+        texts = f"{count} texts of {tokens / count:.0f} tokens" if count > 1 else f"one text of {tokens} tokens"
+        part = harness.table(columns, f"{what}, {mode}: {texts}", num_text=1)
         members = sorted(group, key=lambda row: row.ms_p50)
         fastest = {row.dtype: row for row in reversed(members)}
         for row in members:
-            what, _, size = row.case.rpartition("-")
-            count, tokens = map(int, size.split("x"))
-            mark = "*" if fastest[row.dtype] is row else ""
             name = f"[bold]{row.backend}[/]" if row.backend in OWN else row.backend
-            shown.add_row(
-                what, row.mode, f"{name}{mark}", f"{1e3 * count / row.ms_p50:,.0f}",
-                f"{1e3 * tokens / row.ms_p50:,.0f}", f"{row.ms_p50:.2f} ({row.ms_p20:.2f}, {row.ms_p80:.2f})",
-                f"{harness.mark(row.times_low, row.times_high)}{row.times_base:.2f}", f"{row.roof_percent:.0f}",
-                f"{row.padding_percent:.0f}", f"{row.worst_cosine:.5f}",
+            part.add_row(
+                name + ("*" if fastest[row.dtype] is row else ""), f"{1e3 * count / row.ms_p50:,.0f}",
+                *(harness.short(ms) for ms in (row.ms_p50, row.ms_p20, row.ms_p80)),
+                f"{harness.mark(row.times_low, row.times_high)}{row.times_base:.2f}", f"{row.roof_percent:.0f} %",
+                f"{row.padding_percent:.0f} %", f"{row.worst_cosine:.5f}",
             )  # fmt: skip
-        shown.add_section()
-    return shown
+        shown += [part, ""]
+    legend = (
+        "* the fastest of its number format on these texts; x ST: times sentence-transformers in fp32, by the fast "
+        "tenth of the rounds, ~ where the parts of this run differ by more than 10 %; roof: share of the measured one; "
+        "pad: share of computed tokens that is padding; cosine: the worst against fp64"
+    )
+    return Group(*shown, legend)
 
 
 def main() -> None:
@@ -215,7 +215,8 @@ def main() -> None:
         times = take_turns([case.cell(providers) for case in cases], args.seconds, parts)
         rows = [row for case, found in zip(cases, times, strict=True) for row in bench.rows(case, found)]
     device = harness.device_name("cpu")
-    harness.console().print(table(f"{args.model}, {device}, {torch.get_num_threads()} threads", rows))
+    print(f"{args.model}, {device}, {torch.get_num_threads()} threads\n")
+    harness.console().print(tables(rows))
     if args.quick and harness.RESULTS == harness.COMMITTED:
         print("quick: no rows are written, and these times mean nothing")
         return

@@ -259,7 +259,26 @@ def today() -> str:
 
 
 def console() -> Any:
-    """The terminal; in a pipe wide enough for a table."""
+    """The terminal; in a pipe as wide as COLUMNS says, or wide enough for a table."""
     from rich.console import Console  # here, as a GPU machine may have torch alone
 
-    return Console(width=None if sys.stdout.isatty() else 140)
+    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140)
+
+
+def short(ms: float) -> str:
+    """Three digits of a time."""
+    return f"{ms:,.0f}" if ms >= 100 else f"{ms:#.3g}"
+
+
+def table(columns: Sequence[str], title: str, num_text: int) -> Any:
+    """An empty table of the `rich` package that fits 80 columns: no lines between its own, numbers to the right.
+
+    Args:
+        num_text: how many columns hold text; they come first.
+    """
+    from rich.table import Table
+
+    made = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    for i, column in enumerate(columns):
+        made.add_column(column, justify="left" if i < num_text else "right", no_wrap=True)
+    return made

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from rich.table import Table
 
 from benchmarks import harness
 from fastbert import ops, testing
@@ -108,20 +107,17 @@ def main() -> None:
         rows += bench(
             [c for c in testing.BENCHMARK_CASES if only is None or c.op in only], dtype, device, roofs, rounds
         )
-    table = Table(
-        title=f"{harness.device_name(device)}, {torch.get_num_threads()} threads, load {harness.load()}; roofs: copy "
-        f"{rows[0].copy_gb_s:.0f} GB/s, arithmetic "
-        + ", ".join(f"{t:.2f} TFLOP/s in {d}" for d, t in {r.dtype: r.peak_tflop_s for r in rows}.items())
-    )
-    for column in ("op", "case", "dtype", "mode", "backend", "ms (p20, p80)", "GB/s", "% roof", "x ref"):
-        text = column in ("op", "case", "dtype", "mode", "backend")
-        table.add_column(column, justify="left" if text else "right", no_wrap=True)
+    columns = ("op", "case", "dtype", "mode", "backend", "ms p50", "roof", "x ref")
+    table = harness.table(columns, f"{harness.device_name(device)}, {torch.get_num_threads()} threads", num_text=5)
     for r in rows:
         table.add_row(
-            r.op, r.case, r.dtype, r.mode, r.backend, f"{r.ms_p50:.3f} ({r.ms_p20:.3f}, {r.ms_p80:.3f})",
-            f"{r.gb_s:.1f}", f"{r.roof_percent:.0f}", f"{harness.mark(r.times_low, r.times_high)}{r.times_base:.2f}",
+            r.op, r.case, {"float32": "fp32", "bfloat16": "bf16"}.get(r.dtype, r.dtype), r.mode, r.backend,
+            harness.short(r.ms_p50), f"{r.roof_percent:.0f} %",
+            f"{harness.mark(r.times_low, r.times_high)}{r.times_base:.2f}",
         )  # fmt: skip
     harness.console().print(table)
+    peaks = ", ".join(f"{t:.2f} TFLOP/s in {d}" for d, t in {r.dtype: r.peak_tflop_s for r in rows}.items())
+    print(f"load {harness.load()}; roofs: copy {rows[0].copy_gb_s:.0f} GB/s, arithmetic {peaks}")
     if args.quick and harness.RESULTS == harness.COMMITTED:
         print("quick: no rows are written, and these times mean nothing")
         return
