@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from benchmarks import __main__ as suite
 from benchmarks import compare, encoder, harness, ops, peers, providers, report, turns
@@ -403,6 +405,19 @@ def test_a_slower_machine_is_no_regression_a_slower_engine_is(tmp_path, monkeypa
     assert suite.show_changes(paths[0], paths[1]) == 0
     assert "3 of 3 ratios agree within 10 %" in capsys.readouterr().out
     assert suite.show_changes(paths[0], paths[2]) == 1
+
+
+def test_tables_fit_a_terminal_of_80_columns():
+    rows = [replace(row, case="passage-96x10082") for row in rows_of()]
+    rows += [replace(row, backend="sentence-transformers-bf16", times_low=1.0, times_base=13.33) for row in rows]
+    told = io.StringIO()
+    Console(file=told, width=80).print(encoder.tables(rows))
+    lines = told.getvalue().splitlines()
+    assert "passage, throughput: 96 texts of 105 tokens" in lines[0]
+    assert "sentence-transformers-bf16" in told.getvalue()
+    assert "~13.33" in told.getvalue()
+    assert "\N{HORIZONTAL ELLIPSIS}" not in told.getvalue()
+    assert max(map(len, lines)) <= 80
 
 
 def test_few_rounds_or_noise_prove_nothing():
