@@ -202,6 +202,9 @@ def take_turns(cells: Sequence[Cell], seconds: float, parts: int = 1) -> list[di
     for _ in range(parts - 1):
         for provider in providers.values():
             provider.restart()
+        for cell in cells:
+            for provider in cell.providers:
+                provider.encode(cell.texts)  # what compiles does so now
         for number in range(rounds):
             a_round(number)
     return times
