@@ -92,7 +92,9 @@ def _by_format(rows: Sequence[Row], x: Callable[[Row], float], y: Callable[[Row]
         _plain(axes.xaxis, ticks)
         _plain(axes.yaxis)
     known = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(list(known.values()), list(known), loc="outside lower center", ncols=min(len(known), 8))
+    figure.legend(
+        list(known.values()), list(known), loc="outside lower center", ncols=int(figure.get_figwidth() / 1.35)
+    )
     return figure, panels
 
 
