@@ -70,7 +70,7 @@ class Provider:
         return self._turn(texts, least_ms)
 
     def restart(self) -> None:
-        """A new process: where its memory lies is drawn anew. One of ours was a fifth slower on short texts than others.
+        """A new process: where its memory lies is drawn anew. One of ours was a fifth slower on short texts.
 
         Raises:
             Failed: it does not load again.
