@@ -48,7 +48,7 @@ STYLE = """
 --soft:#1d232b}}
 body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:1180px;margin:2rem auto;
 padding:0 1rem}h1{margin:0}h2{margin:2.2rem 0 .4rem}figure{margin:0 0 1.2rem;overflow-x:auto}
-figure img{max-width:100%;min-width:760px}
+figure img{max-width:100%}@media(max-width:800px){figure img{max-width:none}}
 figcaption,.facts{color:var(--faint)}.scroll{overflow:auto;max-height:75vh;border:1px solid var(--line)}
 table{border-collapse:collapse;font-size:13px;font-variant-numeric:tabular-nums;width:100%}
 td,th{padding:.2rem .55rem;text-align:left;white-space:nowrap;border-bottom:1px solid var(--line)}
