@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ DEFAULT = ("ops", "encoder")
 # A whole report in minutes: what a suite is told beside the user's own options.
 TOLD = {
     "ops": ["--dtype", "float32,bfloat16", "--rounds", "20"],
-    "encoder": ["--texts", "48", "--seconds", "10"],
+    "encoder": ["--texts", "48", "--seconds", "250"],
     "training": ["--only", "rotten-tomatoes", "--quick"],
     "server": ["--seconds", "4"],
 }
@@ -46,7 +47,8 @@ def bench(
     out: Annotated[Path, typer.Option(help="Folder of rows, figures and index.html.")] = Path("bench-report"),
     list_: Annotated[bool, typer.Option("--list", help="What there is, and what installs the missing.")] = False,
     compare: Annotated[
-        tuple[Path, Path] | None, typer.Option(help="OLD.csv NEW.csv: exit 1 where the new rows are slower.")
+        tuple[Path, Path] | None,
+        typer.Option(help="OLD.csv NEW.csv: which ratios agree; exit 1 where the new rows are slower."),
     ] = None,
 ) -> None:
     """Measure this machine: ops, encoders beside their peers, training, serving; a table, figures and a page."""
@@ -83,6 +85,7 @@ def run(suite: str, options: list[str], out: Path, threads: int | None) -> int:
         "FASTBERT_BENCH_OUT": str(out.resolve()),
         "PYTHONPATH": os.pathsep.join([str(SOURCE), os.environ.get("PYTHONPATH", "")]),
         "TOKENIZERS_PARALLELISM": "true",
+        "COLUMNS": str(shutil.get_terminal_size((140, 24)).columns),
     }
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
@@ -153,13 +156,15 @@ def show_list() -> int:
 
 
 def show_changes(old: Path, new: Path) -> int:
-    """What changed between two files of rows; 1 where something regressed."""
+    """What changed between two files of rows, and whether their ratios agree; 1 where something regressed."""
     from benchmarks import compare, harness
 
-    changes = compare.compare(compare.read(old), compare.read(new))
+    tables = compare.read(old), compare.read(new)
+    changes = compare.compare(*tables)
     if not changes:
         raise typer.BadParameter(f"{old} and {new} have no row in common")
     harness.console().print(compare.table(changes))
+    print(compare.agreement(compare.ratios(*tables)))
     regressed = sum(change.regressed for change in changes)
     print(f"{regressed} slower, {sum(change.improved for change in changes)} faster, of {len(changes)}")
     return 1 if regressed else 0

@@ -1,8 +1,9 @@
-"""Which rows of a new file are slower than in an old one, by a statistical test on the rounds' samples."""
+"""Two files of rows: what is slower in the new one, by a statistical test, and whether their ratios agree."""
 
 from __future__ import annotations
 
 import csv
+import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,10 +11,12 @@ from pathlib import Path
 
 from rich.table import Table
 
+from benchmarks import harness
+
 KEY = ("op", "case", "backend", "mode", "dtype")
 BASES = ("reference", "sentence-transformers")
 ALPHA = 0.01  # of finding any regression where there is none, over all rows together
-LEAST = 1.1  # two runs of the same code agree within 10 %: less is not called a regression
+LEAST = harness.AGREE  # less is not called a regression
 
 Key = tuple[str, ...]
 
@@ -45,6 +48,27 @@ class Change:
         return self.times <= 1 / LEAST and self.p < ALPHA
 
 
+@dataclass(frozen=True)
+class Ratio:
+    """How many times as fast as its base one row is in both files.
+
+    Attributes:
+        key: op, case, backend, mode, dtype.
+        old, new: of the whole runs.
+        steady: whether the parts of each run agree.
+    """
+
+    key: Key
+    old: float
+    new: float
+    steady: bool
+
+    @property
+    def apart(self) -> float:
+        """The larger over the smaller one."""
+        return max(self.old, self.new) / min(self.old, self.new)
+
+
 def read(path: Path) -> dict[Key, list[float]]:
     """Samples in ms by key; rows without samples are left out.
 
@@ -70,6 +94,28 @@ def _base(key: Key, table: dict[Key, list[float]]) -> list[float] | None:
         if same and backend != other[2] and (of_op or other[2] == BASES[1]) and len(samples) == len(table[key]):
             return samples
     return None
+
+
+def ratios(old: dict[Key, list[float]], new: dict[Key, list[float]]) -> list[Ratio]:
+    """Rows whose base is in both files, those that differ most first."""
+    found = []
+    for key in old.keys() & new.keys():
+        sides = [harness.times_base(_base(key, table), table[key]) for table in (old, new)]
+        if not any(math.isnan(whole) for whole, *_ in sides):
+            steady = not any(harness.mark(*parts) for _, *parts in sides)
+            found.append(Ratio(key, sides[0][0], sides[1][0], steady))
+    return sorted(found, key=lambda ratio: -ratio.apart)
+
+
+def agreement(found: list[Ratio]) -> str:
+    """How many ratios agree, and which do not."""
+    apart = [ratio for ratio in found if ratio.apart > harness.AGREE]
+    within = f"within {100 * (harness.AGREE - 1):.0f} %"
+    lines = [f"{len(found) - len(apart)} of {len(found)} ratios agree {within}"]
+    for ratio in apart:
+        known = "" if ratio.steady else " (~: unsteady within a run)"
+        lines.append(f"  {' '.join(ratio.key)}: {ratio.old:.2f} then, {ratio.new:.2f} now{known}")
+    return "\n".join(lines)
 
 
 def holm(ps: Iterable[float]) -> list[float]:

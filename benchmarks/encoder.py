@@ -18,13 +18,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from rich.console import Group
 from rich.table import Table
 
 from benchmarks import harness
 from benchmarks.models import MADE, folder_of
 from benchmarks.providers import BASE, OWN, chosen, dtype_of, make, package_of, padding_percent, reason_against
 from benchmarks.texts import WORDS, real_texts
-from benchmarks.turns import Failed, Provider, take_turns
+from benchmarks.turns import Cell, Failed, Provider, take_turns
 from fastbert import Embedder
 from fastbert.hub import DEFAULT_MODEL
 from fastbert.sentence_folder import read_folder
@@ -75,6 +76,27 @@ def text_of(length: int, encode: Callable[[list[str]], list[list[int]]]) -> str:
 
 
 @dataclass(frozen=True)
+class Case:
+    """Texts of one call, and who may have a row.
+
+    Attributes:
+        what: the kind of texts.
+        mode: throughput of a list, or batch1.
+        texts: of one call.
+        cosines: worst cosine of each provider that passed.
+    """
+
+    what: str
+    mode: str
+    texts: list[str]
+    cosines: dict[str, float]
+
+    def cell(self, providers: Sequence[Provider]) -> Cell:
+        """What takes turns; a list is many texts a sample, and long, so it needs fewer."""
+        return Cell(self.texts, [p for p in providers if p.name in self.cosines], 1 if self.mode == "batch1" else 3)
+
+
+@dataclass(frozen=True)
 class Bench:
     """What all measurements of a run share.
 
@@ -82,13 +104,11 @@ class Bench:
         providers: those that run.
         exact: the model in fp64, which judges them.
         roofs: by dtype.
-        seconds: for each list of texts, all providers together.
     """
 
     providers: Sequence[Provider]
     exact: Embedder
     roofs: dict[str, harness.Roofs]
-    seconds: float
 
     def gate(self, what: str, texts: list[str]) -> dict[str, float]:
         """Worst cosine of each provider that may have a row."""
@@ -104,70 +124,73 @@ class Bench:
             print(f"{what}: {name} fails the gate, worst cosine {cosines[name]:.6f}")
         return kept
 
-    def measure(self, what: str, mode: str, texts: list[str], cosines: dict[str, float]) -> list[harness.Row]:
-        """Rows of one list of texts, encoded in one call; `cosines` names those that may have one."""
-        ids = self.exact.tokenizer.encode(texts).ids
+    def rows(self, case: Case, times: dict[str, list[float]]) -> list[harness.Row]:
+        """Rows of one case, from the samples of each provider in ms."""
+        ids = self.exact.tokenizer.encode(case.texts).ids
         tokens, squares = sum(map(len, ids)), sum(len(i) ** 2 for i in ids)
         config = self.exact.model.config
         layers, D, F = config.num_hidden_layers, config.hidden_size, config.intermediate_size
         weights = layers * (4 * D * D + 2 * D * F)
         flop = 2 * weights * tokens + 4 * layers * D * squares
-        times = take_turns([p for p in self.providers if p.name in cosines], texts, self.seconds)
         rows = []
         for name, ms in times.items():
             p50, p20, p80 = harness.percentiles(ms)
             nbytes = weights * {"float32": 4, "bfloat16": 2, "int8": 1}[dtype_of(name)]  # read once a call, at least
             roofs = self.roofs[dtype_of(name)].beside_cache(nbytes, "cpu")
+            times_base, low, high = harness.times_base(times.get(BASE), ms)
             rows.append(
                 harness.Row(
-                    "encode", f"{what}-{len(texts)}x{tokens}", name, mode, dtype_of(name),
+                    "encode", f"{case.what}-{len(case.texts)}x{tokens}", name, case.mode, dtype_of(name),
                     *(round(v, 4) for v in (p50, p20, p80)), round(nbytes / p50 / 1e6, 3), round(flop / p50 / 1e9, 4),
-                    round(100 * roofs.bound_ms(nbytes, flop) / p50, 1), harness.times_base(times.get(BASE), ms),
-                    padding_percent(name, ids), round(cosines[name], 6), **roofs.columns(), version=package_of(name),
-                    samples=harness.joined(ms),
+                    round(100 * roofs.bound_ms(nbytes, flop) / p50, 1), round(harness.fast_tenth(ms), 4),
+                    times_base, low, high, padding_percent(name, ids), round(case.cosines[name], 6), **roofs.columns(),
+                    version=package_of(name), samples=harness.joined(ms),
                 )
             )  # fmt: skip
         return rows
 
 
-def table(title: str, rows: list[harness.Row]) -> Table:
-    """Rows by texts and mode; the fastest of each dtype class is marked, whosever it is."""
-    shown = Table(title=title, caption="* the fastest of its number format on these texts", caption_justify="left")
-    for column in ("texts", "mode", "provider", "texts/s", "tokens/s", "ms p50 (p20, p80)"):
-        shown.add_column(column, justify="left" if column in ("texts", "mode", "provider") else "right", no_wrap=True)
-    for column in ("x ST", "% roof", "% padding", "cosine"):
-        shown.add_column(column, justify="right", no_wrap=True)
-    for _, group in groupby(rows, key=lambda row: (row.case, row.mode)):
+def tables(rows: list[harness.Row]) -> Group:
+    """A table for each list of texts and mode; the fastest of each dtype class is marked, whosever it is."""
+    shown: list[Table | str] = []
+    columns = ("provider", "texts/s", "ms p50", "p20", "p80", "x ST", "roof", "pad", "cosine")
+    for (case, mode), group in groupby(rows, key=lambda row: (row.case, row.mode)):
+        what, _, size = case.rpartition("-")
+        count, tokens = map(int, size.split("x"))
+        texts = f"{count} texts of {tokens / count:.0f} tokens" if count > 1 else f"one text of {tokens} tokens"
+        part = harness.table(columns, f"{what}, {mode}: {texts}", num_text=1)
         members = sorted(group, key=lambda row: row.ms_p50)
         fastest = {row.dtype: row for row in reversed(members)}
         for row in members:
-            what, _, size = row.case.rpartition("-")
-            count, tokens = map(int, size.split("x"))
-            mark = "*" if fastest[row.dtype] is row else ""
             name = f"[bold]{row.backend}[/]" if row.backend in OWN else row.backend
-            shown.add_row(
-                what, row.mode, f"{name}{mark}", f"{1e3 * count / row.ms_p50:,.0f}",
-                f"{1e3 * tokens / row.ms_p50:,.0f}", f"{row.ms_p50:.2f} ({row.ms_p20:.2f}, {row.ms_p80:.2f})",
-                f"{row.times_base:.2f}", f"{row.roof_percent:.0f}", f"{row.padding_percent:.0f}",
-                f"{row.worst_cosine:.5f}",
+            part.add_row(
+                name + ("*" if fastest[row.dtype] is row else ""), f"{1e3 * count / row.ms_p50:,.0f}",
+                *(harness.short(ms) for ms in (row.ms_p50, row.ms_p20, row.ms_p80)),
+                f"{harness.mark(row.times_low, row.times_high)}{row.times_base:.2f}", f"{row.roof_percent:.0f} %",
+                f"{row.padding_percent:.0f} %", f"{row.worst_cosine:.5f}",
             )  # fmt: skip
-        shown.add_section()
-    return shown
+        shown += [part, ""]
+    legend = (
+        "* the fastest of its number format on these texts; x ST: times sentence-transformers in fp32, by the fast "
+        "tenth of the rounds, ~ where the parts of this run differ by more than 10 %; roof: share of the measured one; "
+        "pad: share of computed tokens that is padding; cosine: the worst against fp64"
+    )
+    return Group(*shown, legend)
 
 
 def main() -> None:
     """Measure, print a table, write the rows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=DEFAULT_MODEL, help=f"folder, hub id or one of {', '.join(MADE)}")
-    parser.add_argument("--seconds", type=float, default=40, help="of each list of texts, all providers together")
+    parser.add_argument("--seconds", type=float, default=600, help="of turns, all providers and texts together")
     parser.add_argument("--texts", type=int, default=256)
     parser.add_argument("--only", help="providers, separated by commas")
     parser.add_argument("--against", help="peers, separated by commas, beside ours and the base")
     parser.add_argument("--quick", action="store_true", help="a few texts once, to see that all works; writes no rows")
     args = parser.parse_args()
-    lengths = LENGTHS
+    lengths, parts = LENGTHS, harness.PARTS
     if args.quick:
-        args.seconds, args.texts, lengths = 0, 8, LENGTHS[::3]
+        args.seconds, args.texts, lengths, parts = 0, 8, LENGTHS[::3], 1
     with ExitStack() as stack:
         folder = roomy(folder_of(args.model), max(lengths), stack)
         own = "" if args.model == DEFAULT_MODEL else f"{Path(args.model).name} "  # begins the cases of another model
@@ -178,21 +201,22 @@ def main() -> None:
         exact.model.double()
         dtypes = dict.fromkeys(dtype_of(provider.name) for provider in providers)
         roofs = {dtype: harness.measure_roofs(getattr(torch, dtype), "cpu") for dtype in dtypes}
-        bench = Bench(providers, exact, roofs, args.seconds)
-        rows: list[harness.Row] = []
+        bench = Bench(providers, exact, roofs)
+        cases = []
         for mix, words in list(WORDS.items())[: 1 if args.quick else None]:
             texts = real_texts(words, args.texts)
             cosines = bench.gate(mix, texts)
-            rows += bench.measure(own + mix, "throughput", texts, cosines)
             typical = sorted(texts, key=len)[len(texts) // 2]
-            rows += bench.measure(own + mix, "batch1", [typical], cosines)
+            cases += [Case(own + mix, "throughput", texts, cosines), Case(own + mix, "batch1", [typical], cosines)]
         room = exact.model.config.max_position_embeddings
         for length in [n for n in lengths if n <= room]:
             text = text_of(length, lambda texts: exact.tokenizer.encode(texts).ids)
-            cosines = bench.gate(f"length {length}", [text])
-            rows += bench.measure(f"{own}length", "batch1", [text], cosines)
+            cases.append(Case(f"{own}length", "batch1", [text], bench.gate(f"length {length}", [text])))
+        times = take_turns([case.cell(providers) for case in cases], args.seconds, parts)
+        rows = [row for case, found in zip(cases, times, strict=True) for row in bench.rows(case, found)]
     device = harness.device_name("cpu")
-    harness.console().print(table(f"{args.model}, {device}, {torch.get_num_threads()} threads", rows))
+    print(f"{args.model}, {device}, {torch.get_num_threads()} threads\n")
+    harness.console().print(tables(rows))
     if args.quick and harness.RESULTS == harness.COMMITTED:
         print("quick: no rows are written, and these times mean nothing")
         return

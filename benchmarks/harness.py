@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import date
 from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ import fastbert
 from fastbert import native
 
 COMMITTED = Path(__file__).parent / "results"
+PARTS = 3  # of a run; between them providers' processes start anew
+AGREE = 1.1  # what two runs of the same code should agree within
 # `python -m benchmarks --out` sends the rows of its suites elsewhere.
 RESULTS = Path(os.environ.get("FASTBERT_BENCH_OUT", COMMITTED))
 
@@ -47,8 +50,10 @@ class Row(Machine):
     `peak_tflop_s` is the roof of arithmetic, `gemm_tflop_s` what torch's largest GEMM reached; rows that were measured
     before there was a peak have none, and their percent is of the GEMM.
     `times_base` is how many times as fast as the row's base (the reference of an op, sentence-transformers in fp32) it
-    was: the median over the rounds of that round's ratio, which a slow minute leaves as it is. `samples` are the ms of
-    the rounds, for `--compare`. `padding_percent` is the share of computed tokens that were padding.
+    was, by `ms_p10` of both: what else a machine does only ever adds time, to some more than to others, so the fast
+    tenth is what two runs agree on. `times_low` and `times_high` are the least and the largest such ratio of the run's
+    parts. `samples` are the ms of the rounds, for `--compare`. `padding_percent` is the share of computed tokens that
+    were padding.
     """
 
     op: str
@@ -62,7 +67,10 @@ class Row(Machine):
     gb_s: float
     tflop_s: float
     roof_percent: float
+    ms_p10: float = math.nan
     times_base: float = math.nan
+    times_low: float = math.nan
+    times_high: float = math.nan
     padding_percent: float = 0.0
     worst_cosine: float = math.nan
     copy_gb_s: float = math.nan
@@ -129,9 +137,33 @@ def _timed(function: Callable[[], object], calls: int) -> float:
     return 1e3 * (time.perf_counter() - start) / calls
 
 
-def times_base(base: Sequence[float] | None, times: Sequence[float]) -> float:
-    """How many times as fast as the base: the median of the rounds' ratios. NaN without a base."""
-    return math.nan if base is None else round(statistics.median(b / t for b, t in zip(base, times, strict=True)), 3)
+def fast_tenth(times: Sequence[float]) -> float:
+    """The tenth percentile: as fast as it was in a tenth of the rounds."""
+    return statistics.quantiles(times, n=10, method="inclusive")[0] if len(times) > 1 else times[0]
+
+
+def times_base(base: Sequence[float] | None, times: Sequence[float]) -> tuple[float, float, float]:
+    """How many times as fast as the base, by the fast tenth of each.
+
+    Args:
+        base: samples of the base, as many as `times`; None gives NaN.
+        times: samples of all `PARTS` of a run, one part after the other, all of one size.
+
+    Returns:
+        (of the whole run, least of its parts, largest of its parts); the last two NaN where there are too few samples.
+    """
+    if base is None:
+        return (math.nan,) * 3
+    ends = [len(times) * i // PARTS for i in range(PARTS + 1)]
+    parts = [(base[a:b], times[a:b]) for a, b in pairwise(ends)]
+    ratios = [fast_tenth(b) / fast_tenth(t) for b, t in parts] if ends[1] else [math.nan]
+    whole = fast_tenth(base) / fast_tenth(times)
+    return round(whole, 3), round(min(ratios), 3), round(max(ratios), 3)
+
+
+def mark(low: float, high: float) -> str:
+    """What a ratio is marked with: "~" where the parts of one run differ by more than two runs should, or nothing."""
+    return "~" if high / low > AGREE else ""
 
 
 def joined(times: Sequence[float]) -> str:
@@ -227,7 +259,26 @@ def today() -> str:
 
 
 def console() -> Any:
-    """The terminal; in a pipe wide enough for a table."""
+    """The terminal; in a pipe as wide as COLUMNS says, or wide enough for a table."""
     from rich.console import Console  # here, as a GPU machine may have torch alone
 
-    return Console(width=None if sys.stdout.isatty() else 140)
+    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140)
+
+
+def short(ms: float) -> str:
+    """Three digits of a time."""
+    return f"{ms:,.0f}" if ms >= 100 else f"{ms:#.3g}"
+
+
+def table(columns: Sequence[str], title: str, num_text: int) -> Any:
+    """An empty table of the `rich` package that fits 80 columns: no lines between its own, numbers to the right.
+
+    Args:
+        num_text: how many columns hold text; they come first.
+    """
+    from rich.table import Table
+
+    made = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    for i, column in enumerate(columns):
+        made.add_column(column, justify="left" if i < num_text else "right", no_wrap=True)
+    return made

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from rich.table import Table
 
 from benchmarks import harness
 from fastbert import ops, testing
@@ -44,31 +43,50 @@ def training(function: Callable[..., torch.Tensor], backend: str, inputs: dict[s
             value.grad = None
 
 
-def bench(case: testing.Case, dtype: torch.dtype, device: str, roofs: harness.Roofs, rounds: int) -> list[harness.Row]:
-    """Rows of one case: each backend that has it, and the reference, forward and forward + backward."""
+Turns = dict[str, dict[str, Callable[[], object]]]  # mode -> backend -> one call
+
+
+def turns(case: testing.Case, dtype: torch.dtype, device: str) -> tuple[Turns, int, int]:
+    """Each backend that has the case, and the reference, forward and with backward; bytes and FLOP of a forward."""
     backends = [b for b in (*dispatch.BACKENDS, dispatch.REFERENCE) if dispatch.has(b, case.op, device, dtype)]
     for backend in backends:
         with ops.use_backend(backend):
             testing.check_case(case, dtype, device)  # a red check prints no number
     function, inputs = testing.PUBLIC[case.op], case.inputs(dtype, device)
-    nbytes, flop = traffic(case, inputs, forward(function, backends[-1], inputs))
-    roofs = roofs.beside_cache(nbytes, device)
+    modes = {"forward": forward, "training": training}
+    calls: Turns = {mode: {b: partial(run, function, b, inputs) for b in backends} for mode, run in modes.items()}
+    return calls, *traffic(case, inputs, forward(function, backends[-1], inputs))
+
+
+def bench(
+    cases: Sequence[testing.Case], dtype: torch.dtype, device: str, roofs: harness.Roofs, rounds: int
+) -> list[harness.Row]:
+    """Rows of all cases, which are gone through `harness.PARTS` times: a slow minute does not hit one alone."""
+    prepared = [(case, *turns(case, dtype, device)) for case in cases]
+    times: list[dict[str, dict[str, list[float]]]] = [
+        {mode: {b: [] for b in calls} for mode, calls in of_case.items()} for _, of_case, _, _ in prepared
+    ]
+    for _ in range(harness.PARTS):
+        for (_, of_case, _, _), found in zip(prepared, times, strict=True):
+            for mode, calls in of_case.items():
+                for backend, ms in harness.interleave(calls, -(-rounds // harness.PARTS), least_ms=5.0).items():
+                    found[mode][backend] += ms
     rows = []
-    for mode, run, factor in (("forward", forward, 1.0), ("training", training, 3.0)):
-        turns = {b: partial(run, function, b, inputs) for b in backends}
-        times = harness.interleave(turns, rounds, least_ms=5.0)
-        for backend, ms in times.items():
-            p50, p20, p80 = harness.percentiles(ms)
-            rows.append(
-                harness.Row(
-                    case.op, case.name, backend, mode, str(dtype)[6:], *(round(v, 5) for v in (p50, p20, p80)),
-                    round(factor * nbytes / p50 / 1e6, 2), round(factor * flop / p50 / 1e9, 4),
-                    round(100 * roofs.bound_ms(factor * nbytes, factor * flop) / p50, 1),
-                    times_base=harness.times_base(times[dispatch.REFERENCE], ms), **roofs.columns(),
-                    version=f"torch {torch.__version__}", samples=harness.joined(ms),
-                    device=harness.device_name(device),
-                )
-            )  # fmt: skip
+    for (case, _, nbytes, flop), found in zip(prepared, times, strict=True):
+        for mode, factor in (("forward", 1.0), ("training", 3.0)):
+            at = roofs.beside_cache(nbytes, device)
+            for backend, ms in found[mode].items():
+                p50, p20, p80 = harness.percentiles(ms)
+                rows.append(
+                    harness.Row(
+                        case.op, case.name, backend, mode, str(dtype)[6:], *(round(v, 5) for v in (p50, p20, p80)),
+                        round(factor * nbytes / p50 / 1e6, 2), round(factor * flop / p50 / 1e9, 4),
+                        round(100 * at.bound_ms(factor * nbytes, factor * flop) / p50, 1),
+                        round(harness.fast_tenth(ms), 5), *harness.times_base(found[mode][dispatch.REFERENCE], ms),
+                        **at.columns(), version=f"torch {torch.__version__}", samples=harness.joined(ms),
+                        device=harness.device_name(device),
+                    )
+                )  # fmt: skip
     return rows
 
 
@@ -86,23 +104,20 @@ def main() -> None:
     rows = []
     for dtype in (getattr(torch, name) for name in args.dtype.split(",")):
         roofs = harness.measure_roofs(dtype, device)
-        for case in testing.BENCHMARK_CASES:
-            if only is None or case.op in only:
-                rows += bench(case, dtype, device, roofs, rounds)
-    table = Table(
-        title=f"{harness.device_name(device)}, {torch.get_num_threads()} threads, load {harness.load()}; roofs: copy "
-        f"{rows[0].copy_gb_s:.0f} GB/s, arithmetic "
-        + ", ".join(f"{t:.2f} TFLOP/s in {d}" for d, t in {r.dtype: r.peak_tflop_s for r in rows}.items())
-    )
-    for column in ("op", "case", "dtype", "mode", "backend", "ms (p20, p80)", "GB/s", "% roof", "x ref"):
-        text = column in ("op", "case", "dtype", "mode", "backend")
-        table.add_column(column, justify="left" if text else "right", no_wrap=True)
+        rows += bench(
+            [c for c in testing.BENCHMARK_CASES if only is None or c.op in only], dtype, device, roofs, rounds
+        )
+    columns = ("op", "case", "dtype", "mode", "backend", "ms p50", "roof", "x ref")
+    table = harness.table(columns, f"{harness.device_name(device)}, {torch.get_num_threads()} threads", num_text=5)
     for r in rows:
         table.add_row(
-            r.op, r.case, r.dtype, r.mode, r.backend, f"{r.ms_p50:.3f} ({r.ms_p20:.3f}, {r.ms_p80:.3f})",
-            f"{r.gb_s:.1f}", f"{r.roof_percent:.0f}", f"{r.times_base:.2f}",
+            r.op, r.case, {"float32": "fp32", "bfloat16": "bf16"}.get(r.dtype, r.dtype), r.mode, r.backend,
+            harness.short(r.ms_p50), f"{r.roof_percent:.0f} %",
+            f"{harness.mark(r.times_low, r.times_high)}{r.times_base:.2f}",
         )  # fmt: skip
     harness.console().print(table)
+    peaks = ", ".join(f"{t:.2f} TFLOP/s in {d}" for d, t in {r.dtype: r.peak_tflop_s for r in rows}.items())
+    print(f"load {harness.load()}; roofs: copy {rows[0].copy_gb_s:.0f} GB/s, arithmetic {peaks}")
     if args.quick and harness.RESULTS == harness.COMMITTED:
         print("quick: no rows are written, and these times mean nothing")
         return

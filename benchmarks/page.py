@@ -15,7 +15,7 @@ Row = dict[str, str]
 
 CAPTIONS = {
     "peers": "Texts to vectors, tokenisation included, many texts a call; bars are medians, lines the middle 60 % of "
-    "rounds, in brackets times sentence-transformers in fp32 (the median of the rounds' ratios).",
+    "rounds, in brackets times sentence-transformers in fp32, by the fast tenth of the rounds (~: unsteady).",
     "throughput": "The same by length of the texts, each number format by itself. Padding is never counted as tokens.",
     "latency": "One text a call, by its length.",
     "roofline": "Left: arithmetic a byte of weights read, below a copy of the weights' size and the arithmetic that "
@@ -23,9 +23,13 @@ CAPTIONS = {
     "speed of a copy of that size and its arithmetic at that of the units.",
 }
 METHOD = (
-    "Every provider gets the same texts and the same token ids and takes one turn a round, so that a slow moment of "
-    "the machine hits all alike; ratios are taken within a round, then their median over the rounds. Each lives in a "
-    "process of its own, stopped while others have their turn: no library's waiting threads take another's cores.",
+    "Every provider gets the same texts and the same token ids and takes one turn a round, and a round goes through "
+    "all texts, so that a slow moment of the machine hits all alike. Each lives in a process of its own, stopped while "
+    "others have their turn: no library's waiting threads take another's cores. Twice in a run all processes start "
+    "anew, since where memory lies is drawn once a process.",
+    "Times are medians. Ratios are of the fast tenth of the rounds of both: what else the machine does only ever adds "
+    "time, to some more than to others. A ratio that differs by more than 10 % between the three parts of the run is "
+    "marked ~.",
     "Correctness comes first: vectors are held against the model in fp64, and below a cosine of 0.9995 there is no "
     "row. int8 changes vectors more than that in every library: its rows carry their worst cosine instead.",
     "A turn begins with calls that do not count, and its sample is the median of some milliseconds of calls. Roofs are "
@@ -34,16 +38,17 @@ METHOD = (
 )
 COLUMNS = {
     "op": "op", "case": "case", "backend": "provider", "mode": "mode", "dtype": "format", "ms_p50": "ms p50",
-    "ms_p20": "p20", "ms_p80": "p80", "times_base": "x base", "roof_percent": "% roof",
-    "padding_percent": "% padding", "worst_cosine": "worst cosine", "load": "load", "version": "version",
-    "commit": "commit", "date": "date",
+    "ms_p20": "p20", "ms_p80": "p80", "times_base": "x base", "times_low": "low", "times_high": "high",
+    "roof_percent": "% roof", "padding_percent": "% padding", "worst_cosine": "worst cosine", "load": "load",
+    "version": "version", "commit": "commit", "date": "date",
 }  # fmt: skip
 STYLE = """
 :root{color-scheme:light dark;--ink:#1f2328;--faint:#59636e;--line:#d8dee4;--paper:#fff;--ours:#d1340f;--soft:#f6f8fa}
 @media(prefers-color-scheme:dark){:root{--ink:#e6edf3;--faint:#9198a1;--line:#3d444d;--paper:#15191f;--ours:#ff7a52;
 --soft:#1d232b}}
 body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:1180px;margin:2rem auto;
-padding:0 1rem}h1{margin:0}h2{margin:2.2rem 0 .4rem}figure{margin:0 0 1.2rem}figure img{max-width:100%}
+padding:0 1rem}h1{margin:0}h2{margin:2.2rem 0 .4rem}figure{margin:0 0 1.2rem;overflow-x:auto}
+figure img{max-width:100%}@media(max-width:800px){figure img{max-width:none}}
 figcaption,.facts{color:var(--faint)}.scroll{overflow:auto;max-height:75vh;border:1px solid var(--line)}
 table{border-collapse:collapse;font-size:13px;font-variant-numeric:tabular-nums;width:100%}
 td,th{padding:.2rem .55rem;text-align:left;white-space:nowrap;border-bottom:1px solid var(--line)}
@@ -71,7 +76,7 @@ def read(folder: Path) -> list[Row]:
     rows: list[Row] = []
     for path in sorted([*folder.glob("encoder-*.csv"), *folder.glob("ops-*.csv")]):
         with path.open(newline="") as file:
-            rows += [row for row in csv.DictReader(file) if row.get("times_base")]
+            rows += [row for row in csv.DictReader(file) if row.get("times_high")]
     return rows
 
 
@@ -128,7 +133,8 @@ def render(rows: Sequence[Row], notes: Sequence[str] = ()) -> str:
         f"average {min(loads):.1f} to {max(loads):.1f}; commit {', '.join(commits)}; {', '.join(dates)}"
     )
     wins = peer_wins(rows)
-    numeric = {"ms_p50", "ms_p20", "ms_p80", "times_base", "roof_percent", "padding_percent", "worst_cosine", "load"}
+    measured = ("roof_percent", "padding_percent", "worst_cosine", "load")
+    numeric = {c for c in COLUMNS if c.startswith(("ms_", "times_")) or c in measured}
     heads = "".join(f'<th scope="col"{_number(c in numeric)}>{escape(t)}</th>' for c, t in COLUMNS.items())
     lines = []
     for row in rows:

@@ -9,7 +9,9 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from benchmarks import harness
 
 Row = Mapping[str, str]
 
@@ -45,6 +47,10 @@ def size_of(row: Row) -> tuple[int, int]:
     return int(texts), int(tokens)
 
 
+def _ratio(row: Row) -> str:
+    return f"{harness.mark(float(row['times_low']), float(row['times_high']))}{float(row['times_base']):.1f}x"
+
+
 def _style(theme: Mapping[str, str]) -> dict[str, Any]:
     return {
         "figure.facecolor": theme["paper"], "axes.facecolor": theme["paper"], "savefig.facecolor": theme["paper"],
@@ -60,6 +66,8 @@ def _plain(axis: Any, ticks: Sequence[float] | None = None) -> None:
     """Numbers as people write them on a logarithmic axis."""
     if ticks is not None:
         axis.set_ticks(ticks)
+    else:
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}" if v >= 1 else f"{v:g}"))
     axis.set_minor_formatter(NullFormatter())
 
@@ -67,7 +75,7 @@ def _plain(axis: Any, ticks: Sequence[float] | None = None) -> None:
 def _by_format(rows: Sequence[Row], x: Callable[[Row], float], y: Callable[[Row], float], theme: Any) -> Any:
     """One panel a number format, so that like is held against like; ours on top."""
     formats = [f for f in FORMATS if any(row["dtype"] == f for row in rows)]
-    figure = Figure(figsize=(3.6 * max(len(formats), 1.4), 3.6), layout="constrained")
+    figure = Figure(figsize=(3.6 * max(len(formats), 1.4), 3.9), layout="constrained")
     panels = figure.subplots(1, len(formats), sharex=True, sharey=True, squeeze=False)[0]
     for axes, kind in zip(panels, formats, strict=True):
         names = sorted({r["backend"] for r in rows if r["dtype"] == kind}, key=lambda n: (not is_ours(n), n))
@@ -83,7 +91,10 @@ def _by_format(rows: Sequence[Row], x: Callable[[Row], float], y: Callable[[Row]
         ticks = sorted({round(x(r)) for r in rows})
         _plain(axes.xaxis, ticks)
         _plain(axes.yaxis)
-        axes.legend()
+    known = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(
+        list(known.values()), list(known), loc="outside lower center", ncols=int(figure.get_figwidth() / 1.35)
+    )
     return figure, panels
 
 
@@ -132,12 +143,12 @@ def peers(rows: Sequence[Row], theme: Mapping[str, str]) -> Figure | None:
                   error_kw={"ecolor": theme["ink"], "elinewidth": 0.8})  # fmt: skip
         for i, (row, rate) in enumerate(zip(members, rates, strict=True)):
             end = max(rate, spread[1][i])
-            axes.text(end, i, f"  {rate:,.0f}  ({float(row['times_base']):.1f}x)", va="center", fontsize=7)
+            axes.text(end, i, f"  {rate:,.0f}  ({_ratio(row)})", va="center", fontsize=7)
         axes.set_yticks(range(len(members)), [r["backend"] for r in members], fontsize=8)
         for label, row in zip(axes.get_yticklabels(), members, strict=True):
             label.set(color=theme["ours"] if is_ours(row["backend"]) else theme["ink"])
         axes.set(xlabel="texts / s", title=f"{case.split('-')[0]}: {texts} texts of {tokens / texts:.0f} tokens")
-        axes.set_xlim(0, 1.32 * max(spread[1] + rates))
+        axes.set_xlim(0, 1.45 * max(spread[1] + rates))
         axes.grid(False, axis="y")
     return figure
 
@@ -170,6 +181,8 @@ def roofline(rows: Sequence[Row], theme: Mapping[str, str]) -> Figure | None:
     left.set(xscale="log", yscale="log", xlim=span, xlabel="FLOP a byte of weights", ylabel="TFLOP/s",
              title="fastbert's encoder: throughput ●, one text ▲")  # fmt: skip
     left.legend(loc="lower right")
+    _plain(left.xaxis, [1, 10, 100, 1000, 10000])
+    _plain(left.yaxis)
     labels = sorted({f"{r['op']} {r['case']}" for r in ops}, reverse=True)
     for backend, color, shift in (("native", theme["ours"], 0.2), ("reference", theme["faint"], -0.2)):
         found = {f"{r['op']} {r['case']}": float(r["roof_percent"]) for r in ops if r["backend"] == backend}
@@ -179,7 +192,7 @@ def roofline(rows: Sequence[Row], theme: Mapping[str, str]) -> Figure | None:
     right.set_yticks(range(len(labels)), labels, fontsize=7)
     right.set(xlabel="% of the measured roof", title="ops, forward, float32")
     right.grid(False, axis="y")
-    right.legend(loc="lower right")
+    right.legend(loc="lower right", frameon=True, facecolor=theme["paper"], edgecolor="none", framealpha=1.0)
     return figure
 
 

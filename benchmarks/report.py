@@ -6,6 +6,7 @@ import csv
 import sys
 from pathlib import Path
 
+from benchmarks import harness
 from benchmarks.harness import RESULTS
 from benchmarks.report_training import pretraining_table, training_table
 
@@ -43,7 +44,8 @@ def table(path: Path) -> str:
     return "\n".join(
         [
             f"all-MiniLM-L6-v2, texts to vectors with tokenisation, {first['device']}, {first['threads']} threads, "
-            f"torch {first['torch'].split('+')[0]}, {first['date']}: texts/s, and times {PEER} in fp32 in that run. "
+            f"torch {first['torch'].split('+')[0]}, {first['date']}: texts/s, the median, and times {PEER} in fp32 "
+            "in that run, by the fast tenth of the rounds (~: the parts of the run differ by more than 10 %). "
             "Columns are texts a call x tokens each; bold is the fastest of its number format.",
             "",
             f"| | {' | '.join(heads)} |",
@@ -58,8 +60,8 @@ def _cell(name: str, members: dict[str, dict[str, str]], count: int) -> str:
         return "-"
     row = members[name]
     rivals = [r for r in members.values() if r["dtype"] == row["dtype"]]
-    ratio = row.get("times_base") or float(members[PEER]["ms_p50"]) / float(row["ms_p50"])
-    text = f"{1e3 * count / float(row['ms_p50']):,.0f} ({float(ratio):.1f}x)"
+    mark = harness.mark(float(row["times_low"]), float(row["times_high"]))
+    text = f"{1e3 * count / float(row['ms_p50']):,.0f} ({mark}{float(row['times_base']):.1f}x)"
     fastest = len(rivals) > 1 and float(row["ms_p50"]) == min(float(r["ms_p50"]) for r in rivals)
     return f"**{text}**" if fastest else text
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
+import random
 import signal
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
@@ -25,7 +27,6 @@ WARM_MS = 10.0  # of calls before the clock starts: threads awake, weights in th
 LEAST_MS = 40.0  # of calls that make one sample, their median: neither the clock nor one interruption decides
 PR_SET_PDEATHSIG = 1
 LEAVE_S = 10.0  # for a provider to end by itself
-ROUNDS = (5, 25)  # at least, at most
 
 
 class Failed(RuntimeError):
@@ -45,8 +46,12 @@ class Provider:
         if "forkserver" in methods:  # imported once, before any thread runs; and the server itself follows us
             context.set_forkserver_preload(["benchmarks.follow", "benchmarks.providers", "transformers"])
         self.name = name
+        self._start = partial(self._started, context, make, arguments)
+        self._start()
+
+    def _started(self, context: Any, make: Callable[..., Encode], arguments: tuple[Any, ...]) -> None:
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, make, arguments), daemon=True, name=name)
+        self.process = context.Process(target=_serve, args=(theirs, make, arguments), daemon=True, name=self.name)
         self.process.start()
         theirs.close()
         try:
@@ -63,6 +68,15 @@ class Provider:
     def time(self, texts: list[str], least_ms: float = LEAST_MS) -> float:
         """Milliseconds of a call that encodes all texts: the median of as many calls as fill `least_ms`."""
         return self._turn(texts, least_ms)
+
+    def restart(self) -> None:
+        """A new process: where its memory lies is drawn anew. One of ours was a fifth slower on short texts.
+
+        Raises:
+            Failed: it does not load again.
+        """
+        self.close()
+        self._start()
 
     def close(self) -> None:
         """End the process."""
@@ -143,19 +157,54 @@ def _calls(encode: Encode, texts: list[str], least_ms: float) -> list[float]:
     return times
 
 
-def take_turns(providers: Sequence[Provider], texts: list[str], seconds: float) -> dict[str, list[float]]:
-    """Milliseconds a call of each provider, one sample a round: a noisy minute hits all alike.
+@dataclass(frozen=True)
+class Cell:
+    """Texts with which providers take turns.
+
+    Attributes:
+        texts: of one call.
+        providers: those that may.
+        every: in which rounds: each, every second, ...
+    """
+
+    texts: list[str]
+    providers: Sequence[Provider]
+    every: int = 1
+
+
+def take_turns(cells: Sequence[Cell], seconds: float, parts: int = 1) -> list[dict[str, list[float]]]:
+    """Milliseconds a call of each cell's providers, one sample a round.
+
+    A round goes through all cells: a machine has slow minutes, which take some rounds of each cell instead of all
+    rounds of one. Whom one follows is drawn anew in each.
 
     Args:
-        seconds: for all together; within `ROUNDS`, as many rounds as they allow.
+        seconds: for all together, starts left out; beyond them only for two samples a part.
+        parts: of the same number of rounds; between them every provider gets a new process.
+
+    Raises:
+        Failed: a provider does not load again.
     """
-    least, most = ROUNDS
-    times: dict[str, list[float]] = {provider.name: [] for provider in providers}
-    order, start = list(providers), time.perf_counter()
-    for done in range(1, most + 1):
-        for provider in order:
-            times[provider.name].append(provider.time(texts))
-        order.reverse()
-        if done >= least and (time.perf_counter() - start) * (done + 1) / done > seconds:
-            break
+    providers = {provider.name: provider for cell in cells for provider in cell.providers}
+    times: list[dict[str, list[float]]] = [{p.name: [] for p in cell.providers} for cell in cells]
+    rng = random.Random(0)
+
+    def a_round(number: int) -> None:
+        for cell, found in zip(cells, times, strict=True):
+            if number % cell.every == 0:
+                for provider in rng.sample(cell.providers, len(cell.providers)):
+                    found[provider.name].append(provider.time(cell.texts))
+
+    start, rounds = time.perf_counter(), 0
+    while rounds <= max(cell.every for cell in cells) or time.perf_counter() - start < seconds / parts:
+        a_round(rounds)
+        rounds += 1
+    for _ in range(parts - 1):
+        for provider in providers.values():
+            provider.restart()
+        for cell in cells:
+            for provider in cell.providers:
+                provider.encode(cell.texts)  # what compiles does so now
+        for number in range(rounds):
+            a_round(number)
     return times

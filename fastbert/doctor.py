@@ -17,6 +17,7 @@ import torch
 from fastbert import machine, native
 from fastbert.engine.dtypes import auto_on_cpu
 from fastbert.models import BertConfig, BertModel
+from fastbert.models.quantize import loaded_dtype, quantize
 from fastbert.ops import OPS, dispatch
 from fastbert.packing import pack
 
@@ -26,6 +27,7 @@ _ENVIRONMENT = ("FASTBERT_BACKEND", "FASTBERT_ISA", "OMP_NUM_THREADS", "MKL_NUM_
 # MiniLM-L6: the encoder that most embedding services run.
 _PROBE = BertConfig(num_hidden_layers=6, hidden_size=384, num_attention_heads=12, intermediate_size=1536)
 _BASE = BertConfig()
+_ENGINE_DTYPES = {"cpu": ("float32", "bfloat16", "int8"), "cuda": ("bfloat16", "float16")}
 _LENGTHS = (16, 24, 32, 48, 64, 96, 128)
 
 
@@ -49,7 +51,7 @@ class Report:
         native: the C++ extension: instruction sets, or why it does not load.
         ops: op -> device -> dtype -> backend that computes it unasked.
         reasons: why ops run as they do, each reason once, with the ops and dtypes that it is of.
-        engines: dtype -> what a forward pass would run on.
+        engines: device and dtype -> what a forward pass would run on, and why where that is no engine.
         measured: roofs and speeds, empty without measuring.
         findings: what to change.
     """
@@ -150,6 +152,8 @@ def _reasons() -> list[str]:
         for dtype in _DTYPES:
             for op in _OPS:
                 reason = dispatch.why(op, device, dtype).replace(f"no {op} of", "no op of")
+                if device == "cpu" and not native.available():
+                    reason = "the native extension was not built"
                 found.setdefault(f"{device} {_short(dtype)}: {reason}", []).append(op)
     return [f"{line} ({'every op' if len(ops) == len(_OPS) else ', '.join(ops)})" for line, ops in found.items()]
 
@@ -167,11 +171,15 @@ def _tiny() -> BertModel:
 
 
 def _engines() -> dict[str, str]:
+    found = {}
     with torch.no_grad():
-        plans = {_short(d): _tiny().to(d).execution_plan() for d in (torch.float32, torch.bfloat16)}
-    # What follows the threads is of this tiny model alone.
-    engines = {d: plan if plan.startswith("ops") else ", ".join(plan.split(", ")[:3]) for d, plan in plans.items()}
-    return engines | {"auto": "{}: {}".format(*auto_on_cpu())}
+        for device in _devices():
+            for name in _ENGINE_DTYPES[device]:
+                model = quantize(_tiny().to(getattr(torch, loaded_dtype(name))), name)
+                plan = model.to(device).execution_plan()
+                # What follows the threads is of this tiny model alone.
+                found[f"{device} {name}"] = plan if plan.startswith("ops") else ", ".join(plan.split(", ")[:3])
+    return found | {"cpu auto": "{}: {}".format(*auto_on_cpu())}
 
 
 def _median_seconds(function: Callable[[], object], budget_s: float = 0.6) -> float:
@@ -223,9 +231,11 @@ def _measure(say: Callable[[str], object]) -> dict[str, dict[str, float]]:
 def _findings(report: Report, cpu: machine.Cpu) -> list[Finding]:
     found = []
     if not report.native["loads"]:
-        wanted = native.available() or "FASTBERT_ISA" in os.environ
-        what = f"the native extension {'does not load' if wanted else 'was not built'}: {report.native['why']}"
-        found.append(Finding(True, what, "install a C++17 compiler and run `pip install --force-reinstall .`"))
+        what, build = "the native extension was not built", "`pip install --force-reinstall --no-deps .`"
+        if native.available():
+            what = f"the native extension does not load: {report.native['why']}"
+        cure = f"with a C++17 compiler at hand run {build} in the source tree, without FASTBERT_NATIVE=0"
+        found.append(Finding(True, what, cure))
     runtimes = report.native.get("openmp", [])
     if len(runtimes) > 1:
         found.append(

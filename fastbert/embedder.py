@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from fastbert.engine import release_weights
-from fastbert.engine.dtypes import resolve_dtype
+from fastbert.engine.dtypes import resolve_device, resolve_dtype
 from fastbert.hub import resolve
 from fastbert.models.auto import AutoModel
 from fastbert.models.encoder import EncoderModel
@@ -124,7 +124,7 @@ class Embedder:
             FileNotFoundError: no such model, or a file is missing in its folder.
             ValueError: a corrupt file, an unsupported architecture or module, or an option that does not fit.
         """
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = resolve_device(device)
         dtype = resolve_dtype(dtype, device)
         if num_threads is not None:
             torch.set_num_threads(num_threads)

@@ -68,8 +68,11 @@ def served() -> list[list[float]]:
             except OSError:
                 assert server.poll() is None, "the server ended"
                 time.sleep(0.2)
+        else:
+            raise AssertionError("the server answered nothing in two minutes")
         server.send_signal(signal.SIGTERM)
-        assert server.wait(60) == 0
+        code = server.wait(60)
+        assert code == 0, f"the server ended with {code}"
     finally:
         server.kill()
     return [row["embedding"] for row in found["data"]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from benchmarks import __main__ as suite
 from benchmarks import compare, encoder, harness, ops, peers, providers, report, turns
@@ -29,11 +31,13 @@ ROOFS = harness.Roofs(bytes_s=1e10, flop_s=1e11)
 
 def test_rows_of_a_right_op(tmp_path, monkeypatch):
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
-    rows = ops.bench(CASE, torch.float32, "cpu", ROOFS, rounds=3)
+    rows = ops.bench([CASE], torch.float32, "cpu", ROOFS, rounds=6)
     assert {row.mode for row in rows} == {"forward", "training"}
     assert "reference" in {row.backend for row in rows}
     for row in rows:
-        assert 0 < row.ms_p20 <= row.ms_p50 <= row.ms_p80
+        assert 0 < row.ms_p10 <= row.ms_p20 <= row.ms_p50 <= row.ms_p80
+        assert len(row.samples.split(";")) == 6
+        assert 0 < row.times_low <= row.times_high
         assert row.roof_percent >= 0  # rounded; a busy machine may be that slow
         assert row.gb_s >= 0
         assert row.commit
@@ -50,7 +54,7 @@ def test_rows_of_a_right_op(tmp_path, monkeypatch):
 def test_a_wrong_op_prints_no_number(monkeypatch):
     monkeypatch.setitem(testing.PUBLIC, "gelu", lambda x, bias, approximate: x + bias)
     with pytest.raises(AssertionError, match="budget"):
-        ops.bench(CASE, torch.float32, "cpu", ROOFS, rounds=1)
+        ops.bench([CASE], torch.float32, "cpu", ROOFS, rounds=1)
 
 
 def test_traffic_is_counted():
@@ -187,19 +191,25 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
 @linux
-def test_who_has_no_turn_is_stopped(monkeypatch):
-    monkeypatch.setattr(turns, "ROUNDS", (3, 4))
+def test_who_has_no_turn_is_stopped():
     with turns.Provider("quick", slow_lengths, 1.0) as quick, turns.Provider("slow", slow_lengths, 20.0) as slow:
         pids = [quick.process.pid, slow.process.pid]
         assert wait_for(lambda: [state(pid) for pid in pids] == ["T", "T"])
         assert quick.encode(["abc", "d"]).tolist() == [[3], [1]]
         assert wait_for(lambda: state(pids[0]) == "T")
-        times = turns.take_turns([quick, slow], ["abc"], seconds=0.0)
-        assert [len(ms) for ms in times.values()] == [3, 3]
-        assert min(times["slow"]) >= 20 > min(times["quick"]) >= 1
+        cells = [turns.Cell(["abc"], [quick, slow]), turns.Cell(["d", "e"], [quick], every=3)]
+        every, third = turns.take_turns(cells, seconds=0.0)
+        assert [len(ms) for ms in every.values()] == [4, 4]
+        assert [len(ms) for ms in third.values()] == [2]
+        assert min(every["slow"]) >= 20 > min(every["quick"]) >= 1
         with pytest.raises(turns.Failed, match="KeyError: 'fail'"):
             quick.encode(["fail"])
         assert quick.encode(["ab"]).tolist() == [[2]], "one failure is not the end"
+        times = turns.take_turns(cells[:1], seconds=0.0, parts=2)
+        assert [len(ms) for ms in times[0].values()] == [4, 4]
+        assert [state(pid) for pid in pids] == ["", ""], "each part has processes of its own"
+        pids = [quick.process.pid, slow.process.pid]
+        assert wait_for(lambda: [state(pid) for pid in pids] == ["T", "T"])
     assert [state(pid) for pid in pids] == ["", ""]
     with pytest.raises(turns.Failed, match="ValueError: there is no such time"):
         turns.Provider("broken", slow_lengths, -1.0)
@@ -370,14 +380,14 @@ def rows_of(slower: float = 1.0, noise: float = 0.02) -> list[harness.Row]:
         rows.append(
             harness.Row(
                 "encode", "query-64x900", name, "throughput", providers.dtype_of(name), p50, p20, p80, 1.0, 0.1, 50.0,
-                harness.times_base(minute * 30, times), copy_gb_s=20.0, peak_tflop_s=0.3,
-                samples=harness.joined(times), device="cpu", isa="avx2", load=0.1, commit="abc",
+                harness.fast_tenth(times), *harness.times_base((minute * 30).tolist(), times), copy_gb_s=20.0,
+                peak_tflop_s=0.3, samples=harness.joined(times), device="cpu", isa="avx2", load=0.1, commit="abc",
             )
         )  # fmt: skip
     return rows
 
 
-def test_a_slower_machine_is_no_regression_a_slower_engine_is(tmp_path, monkeypatch):
+def test_a_slower_machine_is_no_regression_a_slower_engine_is(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
     paths = [
         harness.write(rows_of(), "old"),
@@ -393,7 +403,21 @@ def test_a_slower_machine_is_no_regression_a_slower_engine_is(tmp_path, monkeypa
     assert worst.times == pytest.approx(1.3, rel=0.05)
     assert not any(change.regressed for change in others)
     assert suite.show_changes(paths[0], paths[1]) == 0
+    assert "3 of 3 ratios agree within 10 %" in capsys.readouterr().out
     assert suite.show_changes(paths[0], paths[2]) == 1
+
+
+def test_tables_fit_a_terminal_of_80_columns():
+    rows = [replace(row, case="passage-96x10082") for row in rows_of()]
+    rows += [replace(row, backend="sentence-transformers-bf16", times_low=1.0, times_base=13.33) for row in rows]
+    told = io.StringIO()
+    Console(file=told, width=80).print(encoder.tables(rows))
+    lines = told.getvalue().splitlines()
+    assert "passage, throughput: 96 texts of 105 tokens" in lines[0]
+    assert "sentence-transformers-bf16" in told.getvalue()
+    assert "~13.33" in told.getvalue()
+    assert "\N{HORIZONTAL ELLIPSIS}" not in told.getvalue()
+    assert max(map(len, lines)) <= 80
 
 
 def test_few_rounds_or_noise_prove_nothing():
@@ -415,9 +439,26 @@ def test_rows_without_samples_say_what_to_do(tmp_path):
         compare.read(old)
 
 
-def test_ratios_are_of_the_same_round():
-    assert harness.times_base([2.0, 40.0, 2.0], [1.0, 20.0, 1.0]) == 2.0
-    assert np.isnan(harness.times_base(None, [1.0]))
+def test_slow_minutes_leave_ratios_as_they_are():
+    fast, slow = [2.0] * 8, [2.0, 2.0, 2.0, 9.0] * 2  # slow for one of the two alone
+    assert harness.times_base(slow * 3, [1.0] * 24) == (2.0, 2.0, 2.0)
+    assert harness.times_base([*fast, *fast, *slow], [0.5 if i < 8 else 1.0 for i in range(24)]) == (4.0, 2.0, 4.0)
+    assert np.isnan(harness.times_base(None, [1.0])).all()
+    assert np.isnan(harness.times_base([2.0], [1.0])).tolist() == [False, True, True]
+
+
+def test_unsteady_ratios_are_marked_not_hidden():
+    assert [harness.mark(2.0, 2.1), harness.mark(2.0, 2.3), harness.mark(np.nan, np.nan)] == ["", "~", ""]
+    key = ("encode", "query-1x9", "fastbert", "batch1", "float32")
+    base = ("encode", "query-1x9", "sentence-transformers", "batch1", "float32")
+    steady = {key: [1.0] * 9, base: [6.0] * 9}
+    moving = {key: [1.0] * 3 + [1.3] * 6, base: [7.2] * 9}
+    (ratio,) = compare.ratios(steady, moving)
+    assert (ratio.old, ratio.new, ratio.steady) == (6.0, 7.2, False)
+    told = compare.agreement([ratio])
+    assert told.startswith("0 of 1 ratios agree within 10 %\n")
+    assert "query-1x9 fastbert batch1 float32: 6.00 then, 7.20 now (~: unsteady within a run)" in told
+    assert compare.agreement(compare.ratios(steady, steady)) == "1 of 1 ratios agree within 10 %"
 
 
 def test_short_calls_fill_the_clock():

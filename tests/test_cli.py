@@ -29,6 +29,7 @@ from fastbert import corpus as corpus_module
 from fastbert import demo
 from fastbert.cli import app
 from fastbert.embedder import Embedder
+from fastbert.engine import dtypes
 
 ROOT = Path(fastbert.__file__).parent.parent
 WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "owl", "runs", "sleeps", "sings"]
@@ -298,10 +299,43 @@ def test_resume_with_other_options_is_refused(tiny: Path, tmp_path: Path, calls:
     assert other.exit_code == 2
     assert "normalize: False then, True now" in other.stderr
     assert "truncate_dim: None then, 4 now" in other.stderr
+    other = call(*arguments, "--resume", "--dtype", "bfloat16")
+    assert "dtype: 'float32' then, 'bfloat16' now" in other.stderr
     source.write_text("\n".join(rows))  # the bad row is repaired: what was computed from the others still counts
     calls.clear()
     assert call(*arguments, "--resume", "--threads", torch.get_num_threads()).exit_code == 0
     assert sum(map(len, calls)) == 4
+
+
+def test_auto_on_another_cpu_is_no_resume(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` is kept as what it meant, so that the rows of one file never have two precisions."""
+    source, output = tmp_path / "in.txt", tmp_path / "out.npy"
+    source.write_bytes(b"one\ntwo\nthr\xffee\n")
+    arguments = (
+        "embed",
+        "-m",
+        tiny,
+        "-i",
+        source,
+        "--chunk-rows",
+        1,
+        "-o",
+        output,
+        "--dtype",
+        "auto",
+        "--device",
+        "cpu",
+    )
+    monkeypatch.setattr(dtypes, "auto_on_cpu", lambda: ("bfloat16", "made up"))
+    assert call(*arguments).exit_code == 2
+    assert finished_parts(output) == {0, 1}
+    source.write_bytes(b"one\ntwo\nthree\n")
+    monkeypatch.setattr(dtypes, "auto_on_cpu", lambda: ("float32", "made up"))
+    other = call(*arguments, "--resume")
+    assert other.exit_code == 2
+    assert "dtype: 'bfloat16' then, 'float32' now" in other.stderr
+    assert call(*arguments, "--resume", "--dtype", "bfloat16").exit_code == 0
+    assert np.load(output).shape == (3, 16)
 
 
 # Streams and terminals.

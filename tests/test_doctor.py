@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,7 +92,9 @@ def test_a_sound_installation(sound, monkeypatch):
     assert report.versions["torch"] == torch.__version__
     assert set(report.ops["attention"]["cpu"]) == {"float32", "bfloat16", "float16"}
     if native.available():
-        assert report.engines["float32"].startswith("cpu engine: float32"), report.engines
+        assert report.engines["cpu float32"].startswith("cpu engine: float32"), report.engines
+        assert report.engines["cpu int8"].startswith("cpu engine: int8"), report.engines
+        assert set(report.engines) >= {"cpu bfloat16", "cpu auto"}
         assert report.ops["attention"]["cpu"]["float32"] == "native"
 
 
@@ -164,13 +167,45 @@ def test_a_process_of_its_own_agrees_with_its_exit_code():
     assert not any("OpenMP" in what for what in broken), broken
 
 
+def no_extension():
+    raise ImportError("made up")
+
+
+BROKEN = {
+    "the native extension does not load: made up": [(native, "require", no_extension)],
+    "2 OpenMP runtimes are loaded": [(machine, "openmp_runtimes", lambda: ["/a/libgomp.so.1", "/b/libiomp5.so"])],
+    "there is a GPU (NVIDIA H100), but torch": [(machine, "nvidia_gpus", lambda: ["NVIDIA H100"])],
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_each_breakage_by_itself_decides_the_exit_code(sound, monkeypatch, what):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(doctor, "_engines", dict)  # asks the extension
+    if native.available():
+        assert CliRunner().invoke(app, ["doctor", "--no-measure"]).exit_code == 0
+    for place, name, value in BROKEN[what]:
+        monkeypatch.setattr(place, name, value)
+    run = CliRunner().invoke(app, ["doctor", "--no-measure"])
+    assert run.exit_code == 1
+    assert f"broken: {what}" in " ".join(run.output.split())
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not native.available(), reason="reads /proc, loads the extension")
+def test_a_second_openmp_runtime_is_seen(tmp_path):
+    """As a process has it: two copies of one library are two runtimes."""
+    native.require()
+    runtime = machine.openmp_runtimes()[0]
+    second = tmp_path / "libiomp5.so"
+    second.write_bytes(Path(runtime).read_bytes())
+    load = f"import ctypes, torch; ctypes.CDLL({str(second)!r})"  # after torch, which else would take this one
+    run = f"{load}; from fastbert.cli import app; app(['doctor', '--no-measure'])"
+    done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert "broken: 2 OpenMP runtimes are loaded" in " ".join(done.stdout.split())
+
+
 def test_command(sound, monkeypatch):
     run = CliRunner().invoke(app, ["doctor", "--no-measure", "--json"])
     assert run.exit_code == 0, run.output
-    document = json.loads(run.stdout)
-    assert document["machine"]["usable"] >= 1
-    monkeypatch.setattr(machine, "openmp_runtimes", lambda: ["/a/libgomp.so.1", "/b/libiomp5.so"])
-    run = CliRunner().invoke(app, ["doctor", "--no-measure"])
-    if native.available():
-        assert run.exit_code == 1
-        assert "broken: 2 OpenMP runtimes" in run.output
+    assert json.loads(run.stdout)["machine"]["usable"] >= 1

@@ -299,6 +299,13 @@ def test_options_from_a_file(tiny, tmp_path):
     result, told = run_cli(*command)
     assert result.exit_code == 1
     assert "run.toml sets 'txt_column', which no option is called (nearest: text_column" in told
+    for short, long in {"epochs": "num_train_epochs", "lr": "learning_rate", "out": "output_dir"}.items():
+        config.write_text(f"{short} = 1\n")
+        result, told = run_cli(*command)
+        assert result.exit_code == 1
+        assert f"run.toml sets '{short}', which no option is called: write {long}. The names are " in told
+        names = told[told.index("The names are ") :].removeprefix("The names are ").split(", ")
+        assert {"train", "eval", "model", long} <= {name.strip() for name in names}
 
 
 @pytest.mark.parametrize(

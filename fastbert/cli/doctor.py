@@ -50,8 +50,8 @@ def _show(console: Any, report: Any) -> None:
     if report.environment:
         facts.add_row("environment", " ".join(f"{k}={v}" for k, v in report.environment.items()))
     facts.add_row("extension", f"{n['isa']} (this CPU offers {', '.join(n['supported'])})" if n["loads"] else n["why"])
-    for dtype, plan in report.engines.items():
-        facts.add_row(f"{dtype} encoder", plan)
+    for what, plan in report.engines.items():
+        facts.add_row(f"{what} encoder", plan)
     console.print(facts)
     devices = list(next(iter(report.ops.values())))
     grid = Table("op", *(f"{device} {dtype}" for device in devices for dtype in ("float32", "bfloat16", "float16")))

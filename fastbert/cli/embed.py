@@ -68,21 +68,24 @@ def embed(
     if to_file:
         file = VectorFile(Path(str(output)), resume=resume, overwrite=overwrite, with_text=text)
     folder = resolve(model)
+
+    from fastbert.embedder import Embedder
+    from fastbert.engine.dtypes import resolve_device, resolve_dtype
+
+    where = resolve_device(device)
     if file is not None:
-        # Threads, batch size and token budget are left out: they decide the speed, and may change between runs.
+        # Threads, batch size and token budget are left out: they decide the speed, and may change between runs. Which
+        # device and dtype a default means depends on the machine: rows of two would differ.
         settings = {
             "input": corpus.name, "column": column, "chunk_rows": chunk_rows, "model": model, "folder": str(folder),
-            "dtype": dtype, "device": device, "max_seq_length": max_seq_length, "prompt_name": prompt_name,
-            "prompt": prompt, "normalize": normalize, "truncate_dim": truncate_dim,
+            "dtype": resolve_dtype(dtype, where), "device": where.type, "max_seq_length": max_seq_length,
+            "prompt_name": prompt_name, "prompt": prompt, "normalize": normalize, "truncate_dim": truncate_dim,
         }  # fmt: skip
         if file.begin(settings):
             typer.echo(f"{output} is complete: nothing was left to compute", err=True)
             return
-
-    from fastbert.embedder import Embedder
-
     warnings.showwarning = lambda message, *rest: typer.echo(f"warning: {message}", err=True)
-    embedder = Embedder.from_pretrained(folder, dtype, device, threads, max_seq_length)
+    embedder = Embedder.from_pretrained(folder, dtype, where, threads, max_seq_length)
     encode = partial(
         embedder.encode_with_stats, prompt_name=prompt_name, prompt=prompt, batch_size=batch_size,
         token_budget=token_budget, normalize_embeddings=normalize, truncate_dim=truncate_dim,

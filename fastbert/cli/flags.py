@@ -37,12 +37,13 @@ def with_flags(kind: type[Any]) -> Callable[[Callable[..., None]], Callable[...,
             flags = {f.name: given.pop(f.name) for f in declared}
             named = {name: _parse(text, hints[name]) for name, text in flags.items() if text is not None}
             content = {} if config is None else {k.replace("-", "_"): v for k, v in read_toml(config).items()}
-            for p in leading:
-                if p.default is None and p.name in content:
-                    value = content.pop(p.name)
-                    given[p.name] = value if given[p.name] is None else given[p.name]
+            own_names = [p.name for p in leading if p.default is None]
+            for name in own_names:
+                if name in content:
+                    value = content.pop(name)
+                    given[name] = value if given[name] is None else given[name]
             if config is not None:
-                from_mapping(kind, content, str(config))  # an error in the file is said to be there
+                from_mapping(kind, content, str(config), own_names)  # an error in the file is said to be there
             command(**given, options=from_mapping(kind, {**content, **named}, "the command line"))
 
         parameters = [*leading, _parameter("config", Path, CONFIG)]

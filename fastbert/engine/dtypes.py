@@ -1,4 +1,4 @@
-"""The names by which a dtype is asked for, and what they mean on a device."""
+"""The names by which a device and a dtype are asked for, and what they mean here."""
 
 from __future__ import annotations
 
@@ -26,6 +26,11 @@ def auto_on_cpu() -> tuple[str, str]:
             return "bfloat16", "AVX-512 multiplies it at twice the rate of float32 on AMD's cores"
         return "float32", f"avx512bf16 is known to be fast on AMD's cores only, and this is {vendor or 'another CPU'}"
     return "float32", f"{isa} does not multiply bfloat16"
+
+
+def resolve_device(device: torch.device | str | None) -> torch.device:
+    """The device that is asked for; None is a GPU where there is one."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def resolve_dtype(name: str | None, device: torch.device) -> str:

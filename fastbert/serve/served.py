@@ -13,7 +13,7 @@ import torch
 
 from fastbert.embedder import Embedder, position_limit
 from fastbert.engine import release_weights
-from fastbert.engine.dtypes import resolve_dtype
+from fastbert.engine.dtypes import resolve_device, resolve_dtype
 from fastbert.hub import resolve
 from fastbert.machine import cpu
 from fastbert.models.auto import (
@@ -136,7 +136,7 @@ class Served:
         """
         root = resolve(name, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only)
         kind = kind_of(root, pooling)
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = resolve_device(device)
         dtype = resolve_dtype(dtype, device)
         sha = root.name if root.parent.name == "snapshots" else None
         if kind.name == "embedding":

@@ -151,14 +151,14 @@ class Spread:
 
     Attributes:
         model: what is trained; its parameters are DTensors under FSDP.
-        step: `Step`, wrapped.
+        step: `Step`, wrapped: by DDP in `begin`.
     """
 
     def __init__(self, model: nn.Module, objective: Any, world: World, strategy: str) -> None:
         self.model, self.world = model, world
         self.sharded = world.size > 1 and strategy == "fsdp"
         self.step: nn.Module = Step(model, objective)
-        if self.sharded:  # fresh weights are rank 0's, as under DDP
+        if world.size > 1:  # fresh weights are rank 0's
             for tensor in [*model.parameters(), *model.buffers()]:
                 dist.broadcast(tensor.detach(), 0)
         self._copy = copy.deepcopy(model).cpu() if self.sharded else None
@@ -170,9 +170,24 @@ class Spread:
                     for layer in layers:
                         fully_shard(layer, mesh=mesh)
             fully_shard(self.step, mesh=mesh)
-        elif world.size > 1:
-            # An unused head keeps no gradient, as on one device, so that it does not decay.
-            self.step = DistributedDataParallel(self.step, find_unused_parameters=True)
+
+    def begin(self, batch: Any) -> None:
+        """Before the first step: one backward pass shows whether any parameter stays without a gradient.
+
+        An unused head must keep none, as on one device, so that it does not decay: DDP looks for such parameters in
+        every step, if it is told to, and warns where there are none.
+
+        Args:
+            batch: a prepared one. All ranks must call it.
+        """
+        if self.world.size == 1 or self.sharded or isinstance(self.step, DistributedDataParallel):
+            return
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        with torch.random.fork_rng([self.world.device] if self.world.device.type == "cuda" else []):
+            sums, _ = self.step(batch)
+            gradients = torch.autograd.grad(torch.stack(list(sums.values())).sum(), trained, allow_unused=True)
+        idle = self.world.gather([float(any(g is None for g in gradients))])
+        self.step = DistributedDataParallel(self.step, find_unused_parameters=[1.0] in idle)
 
     def sync(self, last: bool) -> Any:
         """Context of one micro-batch: gradients travel with the last one only."""

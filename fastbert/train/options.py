@@ -10,7 +10,7 @@ import dataclasses
 import re
 import sys
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,24 +59,29 @@ def check_types(options: Any) -> None:
             raise ValueError(f"{name} is {value!r}; it must be {spell(kind)}")
 
 
-def from_mapping(kind: type[D], values: Mapping[str, Any], source: str) -> D:
+def from_mapping(kind: type[D], values: Mapping[str, Any], source: str, also: Iterable[str] = ()) -> D:
     """A dataclass of options from names and values, such as a TOML file's.
 
     Args:
         kind: the dataclass.
         values: by field name; `-` in a name is read as `_`, a list as a tuple.
         source: what error messages call the place they come from.
+        also: names that the caller took out of `values`, for the message.
 
     Raises:
-        ValueError: a name that no field has (with the nearest ones), or what the dataclass refuses.
+        ValueError: a name that no field has (with all that there are), or what the dataclass refuses.
     """
-    known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
+    known = {field.name for field in fields}
+    short = {n.lstrip("-").replace("-", "_"): f.name for f in fields for n in f.metadata.get("names", ())}
     named = {n.replace("-", "_"): tuple(v) if isinstance(v, list) else v for n, v in values.items()}
     for name in values:
-        if name.replace("-", "_") not in known:
+        if (plain := name.replace("-", "_")) not in known:
             from fastbert.weights import nearest  # loads torch, which --help must not wait for
 
-            raise ValueError(f"{source} sets {name!r}, which no option is called{nearest(name, known)}")
+            meant = f": write {short[plain]}" if plain in short else nearest(name, known)
+            names = ", ".join(sorted({*known, *also}))
+            raise ValueError(f"{source} sets {name!r}, which no option is called{meant}. The names are {names}")
     try:
         return kind(**named)
     except (TypeError, ValueError) as error:

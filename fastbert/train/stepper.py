@@ -143,6 +143,8 @@ class Stepper:
         """Gradients; returns this rank's part of each term. Batches past `num_own` count nothing."""
         zero = torch.zeros((), dtype=torch.float64, device=self.world.device)
         losses = dict.fromkeys(units, zero)
+        with self._autocast():
+            self.spread.begin(evened[0])
         for i, batch in enumerate(evened):
             share = 1.0 if i < num_own else 0.0
             with self.spread.sync(last=i == len(evened) - 1):
