@@ -145,7 +145,7 @@ class Embedder:
     @property
     def device(self) -> torch.device:
         """Where the encoder runs."""
-        return self.model.get_input_embeddings().weight.device  # `model.device` walks over all modules
+        return self.model.device
 
     @property
     def max_seq_length(self) -> int:

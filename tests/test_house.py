@@ -52,7 +52,7 @@ BUDGETS = {
     "__init__.py": 70,
     "native.py": 345,
     "packing.py": 270,
-    "models/encoder.py": 390,
+    "models/encoder.py": 400,
     "models/__init__.py": 170,
     "models/distilbert.py": 320,
     "models/heads.py": 350,

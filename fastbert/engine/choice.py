@@ -51,10 +51,6 @@ def use_engine(mode: str) -> Iterator[None]:
         _mode = before
 
 
-def _device(model: EncoderModel) -> torch.device:
-    return model.embeddings.word_embeddings.weight.device  # `model.device` walks over all modules
-
-
 def _circumstances(model: EncoderModel) -> str | None:
     """Why a call made now runs as ops, whatever the model is made of."""
     if _mode == "off":
@@ -63,7 +59,7 @@ def _circumstances(model: EncoderModel) -> str | None:
         return "autograd records: call under torch.no_grad() or torch.inference_mode() for the engine"
     if model.training:
         return "the model is in training mode: call model.eval() for the engine"
-    device = _device(model).type
+    device = model.device.type
     if device not in _ENGINES:
         return f"there is no engine for {device}"
     if device == "cpu" and forced_backend() is not None:
@@ -103,7 +99,7 @@ def run(model: EncoderModel, batch: PackedBatch, pooling: str | None = None) -> 
     Raises:
         IndexError: ids outside a table.
     """
-    if _circumstances(model) or batch.input_ids.device.type not in ("cpu", _device(model).type):
+    if _circumstances(model) or batch.input_ids.device.type not in ("cpu", model.device.type):
         return None
     engine = _engine(model)
     if isinstance(engine, cpu.Engine):

@@ -255,6 +255,11 @@ class EncoderModel(PreTrainedModel):
         token = input_ids != pad
         return pad + token.cumsum(1) * token
 
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are: that of the first one, without a walk over all modules."""
+        return self.embeddings.word_embeddings.weight.device
+
     def forward_packed(
         self, batch: PackedBatch, trace: Trace | None = None, inputs_embeds: torch.Tensor | None = None
     ) -> torch.Tensor:

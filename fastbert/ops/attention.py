@@ -187,7 +187,7 @@ def attention(
     """
     if qkv.ndim != 4 or qkv.shape[1] != 3:
         raise ValueError(f"qkv must have shape (T, 3, H, K), got {tuple(qkv.shape)}")
-    if qkv.shape[0] >= 2**31:
+    if not torch.compiler.is_compiling() and qkv.shape[0] >= 2**31:  # an unknown size cannot be compared
         raise ValueError(f"qkv has {qkv.shape[0]} tokens but cu_seqlens counts to {2**31 - 1}: split the batch")
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or cu_seqlens.numel() == 0:
         raise ValueError(f"cu_seqlens must be int32 of shape (S + 1), got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
