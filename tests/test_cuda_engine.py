@@ -139,12 +139,23 @@ def test_a_tail_that_is_seen_fails(monkeypatch):
 
     monkeypatch.setattr(cuda.F, "pad", joined)
     if kernels.interpreted():
-        fill = kernels.fill_ranges
-        monkeypatch.setattr(
-            kernels, "fill_ranges",
-            lambda cu, ranges: fill(joined(cu, value=ranges.shape[1]), ranges), raising=False,
-        )  # fmt: skip
+        load = kernels.load_batch
+
+        def load_joined(*ids_and_cu_seqlens):
+            *ids, cu_seqlens, target, ranges = ids_and_cu_seqlens
+            load(*ids, joined(cu_seqlens, value=ranges.shape[1]), target, ranges)
+
+        monkeypatch.setattr(kernels, "load_batch", load_joined, raising=False)
     assert (engine_of(model).run(batch) - right).abs().max() > 1e-3
+
+
+def test_out_of_inference_mode_is_written():
+    model = build()
+    batch, engine = batch_of(model), engine_of(model)
+    with torch.inference_mode():
+        out = torch.empty(batch.num_tokens, SIZES["hidden_size"])
+    assert engine.run(batch, out) is out
+    assert torch.equal(out, engine.run(batch))
 
 
 # What is asked of a caller.

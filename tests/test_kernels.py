@@ -280,25 +280,31 @@ FLOAT8 = ("float8_linear", "float8_rows_linear", "float8_gelu", "add_layer_norm_
 # Registers of a thread: 65536 a multiprocessor, so 80 leave six programs of 128 threads, up to 255 leave two. Triton
 # 3.6 and 3.9 differ by up to 50 for one kernel.
 MOST_REGISTERS = {
-    "linear": 232,
-    "add_layer_norm_bwd": 104,
+    "linear": 255,
+    "add_layer_norm_bwd": 255,
+    "embed_bwd": 160,
     "attention_fwd": 192,
     "attention_dq": 232,
     "attention_dkv": 255,
 }
 FEW_REGISTERS = 80
+MOST_SPILLED = {"attention_fwd": 16, "attention_dkv": 16}  # bytes: capped, and the fastest so on a GPU
 BYTES_MOVED = {"ranges": 4, "cut": 4, "pool_bwd": 16}  # the rest reads 16 bytes at a time
 
 
 def _check(kernel: ahead.Compiled) -> None:
     what = f"{kernel.call}: {kernel.kernel} on sm_{kernel.architecture}"
-    assert kernel.spills == 0, f"{what} keeps {kernel.spills} bytes of each thread in memory"
+    spilled = MOST_SPILLED.get(kernel.kernel, 0)
+    assert kernel.spills <= spilled, f"{what} keeps {kernel.spills} bytes of each thread in memory"
     most = MOST_REGISTERS.get(kernel.kernel, FEW_REGISTERS)
     if "rel_bias" in kernel.call:
         most = 255
     assert kernel.registers <= most, f"{what} takes {kernel.registers} registers, more than {most}"
-    width = kernel.widest("st") if kernel.kernel == "pool_bwd" else kernel.widest("ld")
-    assert width == BYTES_MOVED.get(kernel.kernel, 16), f"{what} moves {width} bytes at a time"
+    if kernel.kernel == "linear":
+        assert kernel.architecture < 90 or "cp.async.bulk.tensor" in kernel.ptx, f"{what} copies no tiles"
+    else:
+        width = kernel.widest("st") if kernel.kernel == "pool_bwd" else kernel.widest("ld")
+        assert width == BYTES_MOVED.get(kernel.kernel, 16), f"{what} moves {width} bytes at a time"
     if kernel.kernel.startswith(("linear", "attention")):
         small = kernel.kernel == "attention_dq" and "rel_bias" in kernel.call  # tiles of 32 rows: wgmma needs 64
         meant = "wgmma" if kernel.architecture >= 90 and not small else "mma"
@@ -379,7 +385,6 @@ def test_addresses_past_2_to_the_31():
         assert torch.equal(ops.attention(qkv, cu, n)[-n:], alone)
 
 
-def test_on_a_gpu_kernels_are_offered_and_not_yet_the_default():
-    """They have not run on one: `LOG.md`, "Waits for a GPU". When they have, the default changes and so does this."""
+def test_on_a_gpu_kernels_are_the_default():
     assert dispatch.BACKENDS["triton"] == kernels.__name__
-    assert dispatch.DEFAULT["cuda"] == ()
+    assert dispatch.DEFAULT["cuda"] == ("triton",)

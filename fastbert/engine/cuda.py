@@ -86,6 +86,8 @@ class _Bucket:
         T, device = batch.num_tokens, self.ids.device
         rows = (batch.input_ids, batch.position_ids, batch.type_ids)
         host = batch.input_ids.device.type == "cpu" and device.type == "cuda"
+        if by_ranges and not host:
+            return kernels.load_batch(*rows, batch.cu_seqlens, self.ids, self.ranges)
         if host and self.staged is not None:
             self.staged.synchronize()  # the copy of the batch before last may still be reading
         target = self.staging if host else self.ids
@@ -165,7 +167,8 @@ class Engine:
                 raise ValueError(f"out is {out.dtype} {tuple(out.shape)}, expected {self.dtype} {expected}")
             assert bucket.replay is not None
             bucket.replay()
-            out.copy_(bucket.hidden[:T], non_blocking=True)
+            with torch.inference_mode(out.is_inference()):  # such a tensor may be written to nowhere else
+                out.copy_(bucket.hidden[:T], non_blocking=True)
             if self._device.type == "cuda":
                 self._done = torch.cuda.Event()
                 self._done.record()

@@ -24,7 +24,7 @@ _PARTS = {  # of fused layers, which engine/cuda.py builds: no op of their own
     **dict.fromkeys(("float8_rows_linear", "float8_gelu", "linear_rows", "fold_norm"), "linear"),
     "quantize_rows": "float8",
 }
-_RANGES = ("fill_ranges", "given_ranges")
+_RANGES = ("fill_ranges", "given_ranges", "load_batch")
 _OLDEST = (8, 0)  # Ampere: bf16 tensor cores and asynchronous copies
 _OLDEST_FLOAT8 = (8, 9)
 

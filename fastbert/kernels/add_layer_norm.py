@@ -72,7 +72,7 @@ def _add_layer_norm_fwd_kernel(
 @triton.jit(do_not_specialize=["seed", "threshold", "T"])
 def _add_layer_norm_bwd_kernel(
     dy, x, x_bias, residual, weight, mean, rstd, dx, dresidual, partials, seed, threshold, keep_scale, T,
-    D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: every n-th group of rows. Memory: reads dy, x and residual, writes dx (and dresidual where it
     differs), and one partial sum of dweight, dbias and dx_bias a program."""
@@ -83,7 +83,7 @@ def _add_layer_norm_bwd_kernel(
     if x_bias is not None:
         x_bias = tl.load(x_bias + cols, mask=cols < D, other=0.0).to(tl.float32)
         dx_bias = tl.zeros((ROWS, COLS), tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
         rows = tile * ROWS + tl.arange(0, ROWS)
         inside = (rows < T)[:, None] & (cols < D)
         offsets = rows.to(tl.int64)[:, None] * D + cols
@@ -170,7 +170,7 @@ def add_layer_norm_bwd(
         partials = torch.empty(num_sums, num_programs, D, dtype=torch.float32, device=x.device)
         _add_layer_norm_bwd_kernel[(num_programs,)](
             dy, x, x_bias, residual, weight.contiguous(), mean, rstd, dx, dresidual, partials,
-            *dropout_args(dropout_p, seed), T, D, tile.rows, tile.cols, **tile.options(),
+            *dropout_args(dropout_p, seed), T, D, tile.rows, tile.cols, tile.num_stages, **tile.options(),
         )  # fmt: skip
     dweight, dbias, *dx_bias = partials.sum(1)
     return (

@@ -35,11 +35,14 @@ def _offsets(ROWS: tl.constexpr, stride: tl.constexpr, K: tl.constexpr):
 
 
 @triton.jit
-def _load_rows(x, first, last, column, ROWS: tl.constexpr, stride: tl.constexpr, K: tl.constexpr):
-    """K features from `column` on of rows `first` to `last` that are `stride` long; one 64-bit address a tile."""
+def _load_rows(x, first, last, column, ROWS: tl.constexpr, stride: tl.constexpr, K: tl.constexpr, WHOLE: tl.constexpr):
+    """K features from `column` on of rows `first` to `last` that are `stride` long, all ROWS of them if WHOLE; one
+    64-bit address a tile."""
     offsets, dims = _offsets(ROWS, stride, K)
-    inside = (first + tl.arange(0, ROWS) < last)[:, None] & dims
-    return tl.load(x + tl.cast(first, tl.int64) * stride + column + offsets, mask=inside, other=0.0)
+    x += tl.cast(first, tl.int64) * stride + column
+    if WHOLE and dims.shape[0] == K:
+        return tl.load(x + offsets)
+    return tl.load(x + offsets, mask=(first + tl.arange(0, ROWS) < last)[:, None] & dims, other=0.0)
 
 
 @triton.jit
@@ -64,13 +67,59 @@ def _origin(origins, tokens, low, inside):
     return low
 
 
+@triton.jit
+def _blocks(ranges, first_row, T, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """The keys of ROWS queries, in blocks: the first key, one past the last, how many blocks before those that all of
+    the queries see whole, how many of those, and how many after them. Ranges ascend: the outer queries have them all.
+    """
+    last_row = tl.minimum(first_row + ROWS, T) - 1
+    first, inner_first = tl.load(ranges + first_row), tl.load(ranges + last_row)
+    inner_last, last = tl.load(ranges + T + first_row), tl.load(ranges + T + last_row)
+    before = tl.cdiv(tl.maximum(tl.minimum(inner_first, last) - first, 0), BLOCK)
+    whole = tl.maximum(inner_last - (first + before * BLOCK), 0) // BLOCK
+    after = tl.cdiv(tl.maximum(last - (first + (before + whole) * BLOCK), 0), BLOCK)
+    return first, last, before, whole, after
+
+
+@triton.jit
+def _attend(
+    acc, total, top, q, qkv, rel_bias, queries, low, high, origin, start, last, scale, seed, threshold, head, R,
+    H: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """One block of keys more: a step of the online softmax, in base 2."""
+    keys = start + tl.arange(0, BLOCK_N)
+    k = _load_rows(qkv, start, last, (_K * H + head) * K, BLOCK_N, 3 * H * K, K, WHOLE)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if rel_bias is not None:
+        scores = scores * scale + _load_bias(rel_bias, queries[:, None], keys[None, :], head, R)
+        scale = 1.0
+    if not WHOLE:
+        seen = (keys[None, :] >= low[:, None]) & (keys[None, :] < high[:, None])
+        scores = tl.where(seen, scores * scale, -float("inf"))
+        scale = 1.0
+    higher = tl.maximum(top, tl.max(scores, 1) * scale)
+    shift = higher
+    if not WHOLE:
+        shift = tl.where(higher == -float("inf"), 0.0, higher)  # the row's keys have not begun
+    p = tl.exp2(scores * scale - shift[:, None])
+    decay = tl.exp2(top - shift)
+    total = total * decay + tl.sum(p, 1)
+    if seed is not None:
+        rows = (queries * H + head)[:, None]
+        p = tl.where(dropout_keep(seed, threshold, rows, keys[None, :] - origin[:, None]), p, 0.0)
+    v = _load_rows(qkv, start, last, (_V * H + head) * K, BLOCK_N, 3 * H * K, K, WHOLE)
+    acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+    return acc, total, higher
+
+
 @triton.jit(do_not_specialize=["seed", "threshold", "T"])
 def _attention_fwd_kernel(
     qkv, rel_bias, ranges, origins, out, lse, scale, seed, threshold, keep_scale, T, R,
     H: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M queries of one head, all their keys by online softmax. Memory: reads q once, k and v of
-    its sequences once (again in L2 for the next tile), writes out and one fp32 number a row."""
+    """One program: BLOCK_M queries of one head, all their keys by online softmax, those that need no mask first.
+    Memory: reads q once, k and v of its sequences once (again in L2 for the next tile), writes out and one fp32 number
+    a row."""
     head = tl.program_id(1)
     first_query = tl.program_id(0) * BLOCK_M
     queries = first_query + tl.arange(0, BLOCK_M)
@@ -78,30 +127,26 @@ def _attention_fwd_kernel(
     low = tl.load(ranges + queries, mask=inside, other=T)
     high = tl.load(ranges + T + queries, mask=inside, other=0)
     origin = _origin(origins, queries, low, inside)
-    q = _load_rows(qkv, first_query, T, (_Q * H + head) * K, BLOCK_M, 3 * H * K, K)
+    q = _load_rows(qkv, first_query, T, (_Q * H + head) * K, BLOCK_M, 3 * H * K, K, False)
+    scale *= _LOG2E
+    if rel_bias is None:  # the largest product is then that of the largest score
+        q = tl.where(scale < 0.0, -q, q)
+        scale = tl.abs(scale)
     top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, q.shape[1]), tl.float32)
-    last = tl.max(high, 0)
-    for start in range(tl.min(low, 0), last, BLOCK_N):
-        keys = start + tl.arange(0, BLOCK_N)
-        k = _load_rows(qkv, start, last, (_K * H + head) * K, BLOCK_N, 3 * H * K, K)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * _LOG2E)
-        if rel_bias is not None:
-            scores += _load_bias(rel_bias, queries[:, None], keys[None, :], head, R)
-        seen = (keys[None, :] >= low[:, None]) & (keys[None, :] < high[:, None])
-        scores = tl.where(seen, scores, -float("inf"))
-        higher = tl.maximum(top, tl.max(scores, 1))
-        shift = tl.where(higher == -float("inf"), 0.0, higher)  # the row's keys have not begun
-        p = tl.exp2(scores - shift[:, None])
-        decay = tl.exp2(top - shift)
-        total = total * decay + tl.sum(p, 1)
-        top = higher
-        if seed is not None:
-            rows = (queries * H + head)[:, None]
-            p = tl.where(dropout_keep(seed, threshold, rows, keys[None, :] - origin[:, None]), p, 0.0)
-        v = _load_rows(qkv, start, last, (_V * H + head) * K, BLOCK_N, 3 * H * K, K)
-        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+    first, last, before, whole, after = _blocks(ranges, first_query, T, BLOCK_M, BLOCK_N)
+    for i in range(whole):
+        acc, total, top = _attend(
+            acc, total, top, q, qkv, rel_bias, queries, low, high, origin, first + (before + i) * BLOCK_N, last, scale,
+            seed, threshold, head, R, H, K, BLOCK_N, True,
+        )  # fmt: skip
+    for i in range(before + after):
+        start = first + tl.where(i < before, i, i + whole) * BLOCK_N
+        acc, total, top = _attend(
+            acc, total, top, q, qkv, rel_bias, queries, low, high, origin, start, last, scale,
+            seed, threshold, head, R, H, K, BLOCK_N, False,
+        )  # fmt: skip
     total = tl.where(total == 0.0, 1.0, total)  # a token of no sequence has no keys: out is 0
     _store_rows(out, acc * (keep_scale / total)[:, None], first_query, T, head * K, BLOCK_M, H * K, K)
     tl.store(lse + queries.to(tl.int64) * H + head, top + tl.log2(total), mask=inside)
@@ -129,9 +174,9 @@ def _attention_dq_kernel(
     low = tl.load(ranges + queries, mask=inside, other=T)
     high = tl.load(ranges + T + queries, mask=inside, other=0)
     origin = _origin(origins, queries, low, inside)
-    q = _load_rows(qkv, first_query, T, (_Q * H + head) * K, BLOCK, 3 * H * K, K)
-    do = _load_rows(dout, first_query, T, head * K, BLOCK, H * K, K)
-    o = _load_rows(out, first_query, T, head * K, BLOCK, H * K, K)
+    q = _load_rows(qkv, first_query, T, (_Q * H + head) * K, BLOCK, 3 * H * K, K, False)
+    do = _load_rows(dout, first_query, T, head * K, BLOCK, H * K, K, False)
+    o = _load_rows(out, first_query, T, head * K, BLOCK, H * K, K, False)
     d = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
     at = queries.to(tl.int64) * H + head
     tl.store(delta + at, d, mask=inside)
@@ -145,8 +190,8 @@ def _attention_dq_kernel(
     offsets = first - first_query + 1 - BLOCK + tl.arange(0, BLOCK)  # key - query of the diagonals that are complete
     for start in range(first, last, BLOCK):
         keys = start + tl.arange(0, BLOCK)
-        k = _load_rows(qkv, start, last, (_K * H + head) * K, BLOCK, 3 * H * K, K)
-        v = _load_rows(qkv, start, last, (_V * H + head) * K, BLOCK, 3 * H * K, K)
+        k = _load_rows(qkv, start, last, (_K * H + head) * K, BLOCK, 3 * H * K, K, False)
+        v = _load_rows(qkv, start, last, (_V * H + head) * K, BLOCK, 3 * H * K, K, False)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * _LOG2E)
         if rel_bias is not None:
             scores += _load_bias(rel_bias, queries[:, None], keys[None, :], head, R)
@@ -169,6 +214,41 @@ def _attention_dq_kernel(
     _store_rows(dqkv, dq * scale, first_query, T, (_Q * H + head) * K, BLOCK, 3 * H * K, K)
 
 
+@triton.jit
+def _dkeys(
+    dk, dv, k, v, dout, qkv, rel_bias, lse, delta, keys, low, high, alone, origin, start, last, scale, seed, threshold,
+    keep_scale, head, R, H: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """dk and dv with a block of queries more; scores are (keys, queries)."""
+    queries = start + tl.arange(0, BLOCK_M)
+    q = _load_rows(qkv, start, last, (_Q * H + head) * K, BLOCK_M, 3 * H * K, K, WHOLE)
+    do = _load_rows(dout, start, last, head * K, BLOCK_M, H * K, K, WHOLE)
+    at = queries.to(tl.int64) * H + head
+    row_lse = tl.load(lse + at, mask=queries < last, other=0.0)
+    d = tl.load(delta + at, mask=queries < last, other=0.0)
+    scores = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * _LOG2E)
+    if rel_bias is not None:
+        scores += _load_bias(rel_bias, queries[None, :], keys[:, None], head, R)
+    scores -= row_lse[None, :]
+    if not WHOLE:
+        seen = (queries[None, :] >= low[:, None]) & (queries[None, :] < high[:, None])
+        scores = tl.where(seen, scores, -float("inf"))
+    p = tl.exp2(scores)
+    dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+    kept = p
+    if seed is not None:
+        rows = (queries * H + head)[None, :]
+        keep = dropout_keep(seed, threshold, rows, (keys - origin)[:, None])
+        dp = tl.where(keep, dp * keep_scale, 0.0)
+        kept = tl.where(keep, p * keep_scale, 0.0)
+    dv = tl.dot(kept.to(do.dtype), do, dv, input_precision="ieee")
+    ds = p * (dp - d[None, :])
+    if not WHOLE:
+        ds = tl.where(alone[:, None], 0.0, ds)
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    return dk, dv
+
+
 @triton.jit(do_not_specialize=["seed", "threshold", "T"])
 def _attention_dkv_kernel(
     dout, qkv, rel_bias, lse, ranges, origins, delta, dqkv, scale, seed, threshold, keep_scale, T, R,
@@ -184,34 +264,23 @@ def _attention_dkv_kernel(
     low = tl.load(ranges + keys, mask=inside, other=T)
     high = tl.load(ranges + T + keys, mask=inside, other=0)
     origin = _origin(origins, keys, low, inside)
-    k = _load_rows(qkv, first_key, T, (_K * H + head) * K, BLOCK_N, 3 * H * K, K)
-    v = _load_rows(qkv, first_key, T, (_V * H + head) * K, BLOCK_N, 3 * H * K, K)
+    k = _load_rows(qkv, first_key, T, (_K * H + head) * K, BLOCK_N, 3 * H * K, K, False)
+    v = _load_rows(qkv, first_key, T, (_V * H + head) * K, BLOCK_N, 3 * H * K, K, False)
     alone = high - low == 1
     dk = tl.zeros((BLOCK_N, k.shape[1]), tl.float32)
     dv = tl.zeros((BLOCK_N, k.shape[1]), tl.float32)
-    last = tl.max(high, 0)
-    for start in range(tl.min(low, 0), last, BLOCK_M):
-        queries = start + tl.arange(0, BLOCK_M)
-        q = _load_rows(qkv, start, last, (_Q * H + head) * K, BLOCK_M, 3 * H * K, K)
-        do = _load_rows(dout, start, last, head * K, BLOCK_M, H * K, K)
-        at = queries.to(tl.int64) * H + head
-        row_lse = tl.load(lse + at, mask=queries < last, other=0.0)
-        d = tl.load(delta + at, mask=queries < last, other=0.0)
-        scores = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * _LOG2E)  # (keys, queries) from here on
-        if rel_bias is not None:
-            scores += _load_bias(rel_bias, queries[None, :], keys[:, None], head, R)
-        seen = (queries[None, :] >= low[:, None]) & (queries[None, :] < high[:, None])
-        p = tl.exp2(tl.where(seen, scores - row_lse[None, :], -float("inf")))
-        dp = tl.dot(v, tl.trans(do), input_precision="ieee")
-        kept = p
-        if seed is not None:
-            rows = (queries * H + head)[None, :]
-            keep = dropout_keep(seed, threshold, rows, (keys - origin)[:, None])
-            dp = tl.where(keep, dp * keep_scale, 0.0)
-            kept = tl.where(keep, p * keep_scale, 0.0)
-        dv = tl.dot(kept.to(do.dtype), do, dv, input_precision="ieee")
-        ds = tl.where(alone[:, None], 0.0, p * (dp - d[None, :]))
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    first, last, before, whole, after = _blocks(ranges, first_key, T, BLOCK_N, BLOCK_M)
+    for i in range(whole):
+        dk, dv = _dkeys(
+            dk, dv, k, v, dout, qkv, rel_bias, lse, delta, keys, low, high, alone, origin,
+            first + (before + i) * BLOCK_M, last, scale, seed, threshold, keep_scale, head, R, H, K, BLOCK_M, True,
+        )  # fmt: skip
+    for i in range(before + after):
+        start = first + tl.where(i < before, i, i + whole) * BLOCK_M
+        dk, dv = _dkeys(
+            dk, dv, k, v, dout, qkv, rel_bias, lse, delta, keys, low, high, alone, origin, start, last, scale, seed,
+            threshold, keep_scale, head, R, H, K, BLOCK_M, False,
+        )  # fmt: skip
     _store_rows(dqkv, dk * scale, first_key, T, (_K * H + head) * K, BLOCK_N, 3 * H * K, K)
     _store_rows(dqkv, dv, first_key, T, (_V * H + head) * K, BLOCK_N, 3 * H * K, K)
 

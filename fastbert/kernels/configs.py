@@ -35,9 +35,11 @@ def _row_tile(num_features: int) -> Tile:
 
 
 def norm_bwd_tile(num_features: int, dtype: torch.dtype) -> Tile:
-    """As `norm_tile`, with fewer rows: two fp32 sums of the parameters' gradients stay in registers."""
+    """As `norm_tile`, with fewer rows: two fp32 sums of the parameters' gradients stay in registers. Rows that are on
+    their way while one is computed: 4 stages of 2 warps took 0.75 of the time of none (H200, 768 features)."""
     tile = _row_tile(num_features)
-    tile = tile._replace(rows=max(1, 1024 // tile.cols), num_warps=4 if tile.cols <= 2048 else 16)
+    num_warps = 2 if tile.cols <= 1024 else 4 if tile.cols <= 2048 else 16
+    tile = tile._replace(rows=max(1, 1024 // tile.cols), num_warps=num_warps, num_stages=4 if tile.cols <= 2048 else 2)
     return chosen("norm_bwd", dtype, num_features, tile)
 
 
@@ -53,12 +55,17 @@ CROSS_ENTROPY_TILE = Tile(1, 4096, 8)
 
 def gelu_tile(num_features: int, dtype: torch.dtype) -> Tile:
     """Rows by features, a block that divides neither."""
-    return chosen("gelu", dtype, num_features, Tile(4, 512, 4))
+    return chosen("gelu", dtype, num_features, Tile(1, 1024, 2))
 
 
-# 65536 registers: 128 a thread let 512 threads share a multiprocessor. Triton 3.6 keeps 64 queries by 64 keys to that
-# without a spill; 3.9 needs 167 with dropout, and spills when capped, but keeps 128 queries of 8 warps to it
-# (2026-11-27, ahead of time, sm_90).
+def gelu_bwd_tile(num_features: int) -> Tile:
+    """As `gelu_tile`; a bias has its sums in registers."""
+    return Tile(1, 1024, 4) if num_features >= 1024 else Tile(4, 256, 4)
+
+
+# 65536 registers: 128 a thread let 512 threads share a multiprocessor. Triton 3.6 keeps 64 queries by 64 keys to that;
+# 3.9 needs 167 with dropout, and spills when capped to 128 (ahead of time, sm_90).
+# On an H200 (2026-11-27, Triton 3.6) three stages took 0.90 of two at S=512 and 0.95 at S=128, uncapped ones 1.1.
 _OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 
 
@@ -70,7 +77,7 @@ def attention_fwd_tile(head_size: int, dtype: torch.dtype, rel_bias: bool) -> Ti
         return Tile(64, 32, 4 if head_size <= 64 else 8)
     tile = Tile(64, 64, 4 if head_size <= 64 else 8)
     if head_size <= 64 and architecture() >= 90:
-        tile = Tile(64, 64, 4, max_registers=128) if _OLD_TRITON else Tile(128, 64, 8, max_registers=128)
+        tile = Tile(64, 64, 4, 3, 128 if _OLD_TRITON else 168)
     return chosen("attention_fwd", dtype, head_size, tile)
 
 
@@ -90,6 +97,8 @@ def attention_dkv_tile(head_size: int, dtype: torch.dtype, rel_bias: bool) -> Ti
     if rel_bias and architecture() < 90:  # 64 by 32 spills there: mma.sync has its operands in registers
         return Tile(32, 32, 4)
     tile = Tile(64, 32, 4 if head_size <= 64 else 8)
+    if head_size <= 64 and architecture() >= 90 and not rel_bias:
+        tile = Tile(64, 32, 4, 3, 160)  # 0.84 of the time with 203 registers (H200, S=512)
     return tile if rel_bias else chosen("attention_dkv", dtype, head_size, tile)
 
 
@@ -101,7 +110,7 @@ def check_head_size(qkv: Tensor) -> None:
 
 # Fused linear layers (linear_gelu, linear_add, norm_linear) that beat the vendor's GEMM and a kernel after it, by
 # architecture: `python -m benchmarks.gpu` measures them, and until it has on an architecture, none is used there.
-EPILOGUES: dict[int, frozenset[str]] = {}
+EPILOGUES: dict[int, frozenset[str]] = {90: frozenset({"linear_gelu"})}
 
 
 def linear_tile(num_rows: int, num_cols: int, dtype: torch.dtype) -> Tile:
@@ -112,8 +121,16 @@ def linear_tile(num_rows: int, num_cols: int, dtype: torch.dtype) -> Tile:
     if num_rows <= 512:  # few rows: narrow tiles, so that every multiprocessor streams weights
         tile = Tile(64, 32 if num_cols <= 1024 else 64, 4, 4, depth=depth)
         return chosen("linear_short", dtype, num_cols, tile)
-    tile = Tile(128, 128, 8, 4, depth=depth) if architecture() >= 90 else Tile(128, 128, 8, 3, depth=depth // 2)
+    if dtype.itemsize == 1:  # a group's sums are scaled before they are added: twice the registers
+        tile = Tile(128, 128, 8, 3, depth=depth)
+    else:
+        tile = Tile(128, 128, 4, 3, depth=depth) if architecture() >= 90 else Tile(128, 128, 8, 3, depth=depth // 2)
     return chosen("linear", dtype, num_cols, tile)
+
+
+def linear_programs() -> int:
+    """Two for each multiprocessor: one multiplies while the other one's epilogue runs."""
+    return num_partials() // 2
 
 
 def quantize_tile(num_features: int) -> Tile:
@@ -124,15 +141,15 @@ def quantize_tile(num_features: int) -> Tile:
 def candidates(kernel: str, static: Tile) -> tuple[Tile, ...]:
     """What `--tune` measures beside the static choice."""
     if kernel.startswith("norm"):
-        return tuple(static._replace(rows=rows, num_warps=w) for rows in (1, 2, 4) for w in (2, 4, 8))
+        return tuple(static._replace(rows=rows, num_warps=w) for rows in (1, 2, 4) for w in (2, 4))
     return {
         "attention_fwd": (
-            Tile(64, 64, 4), Tile(64, 64, 4, 3), Tile(128, 64, 8, 2, 128), Tile(128, 64, 8), Tile(128, 128, 8),
-            Tile(64, 32, 4), Tile(64, 128, 4),
+            Tile(64, 64, 4), Tile(64, 64, 4, 2, 128), Tile(64, 64, 4, 3, 128), Tile(128, 64, 8, 3, 128),
+            Tile(128, 64, 8, 2, 128), Tile(64, 32, 4),
         ),
-        "attention_dq": (Tile(64, 64, 8), Tile(64, 64, 4, 3), Tile(32, 32, 4), Tile(128, 128, 8)),
-        "attention_dkv": (Tile(64, 64, 4), Tile(64, 64, 8), Tile(128, 64, 8), Tile(64, 32, 4, 3), Tile(32, 32, 4)),
-        "gelu": (Tile(1, 1024, 4), Tile(8, 512, 8), Tile(2, 512, 4), Tile(4, 1024, 8)),
+        "attention_dq": (Tile(64, 64, 4, 2, 128), Tile(64, 64, 4, 3), Tile(32, 32, 4)),
+        "attention_dkv": (Tile(64, 64, 4), Tile(64, 32, 4), Tile(64, 32, 4, 3), Tile(32, 32, 4)),
+        "gelu": (Tile(4, 512, 4), Tile(1, 1024, 4), Tile(16, 256, 4)),
         "linear_short": (Tile(64, 128, 4, 4, depth=64), Tile(64, 32, 4, 6, depth=64), Tile(128, 64, 4, 4, depth=64)),
-        "linear": (Tile(128, 128, 8, 3, depth=64), Tile(128, 256, 8, 3, depth=64), Tile(64, 256, 4, 3, depth=64)),
+        "linear": (Tile(128, 128, 8, 3, depth=64), Tile(128, 256, 8, 4, depth=64), Tile(128, 256, 8, 3, depth=64)),
     }[kernel]  # fmt: skip

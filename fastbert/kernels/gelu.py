@@ -8,7 +8,17 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbert.kernels.common import on_device
-from fastbert.kernels.configs import gelu_tile, num_partials
+from fastbert.kernels.configs import gelu_bwd_tile, gelu_tile, num_partials
+
+
+@triton.jit
+def _tail(z):
+    """Phi(-|z|) and the density at z of the normal distribution, off by 7.5e-8 at most (Abramowitz and Stegun 26.2.17):
+    half of the instructions that erf takes, and exact where it would cancel."""
+    t = 1.0 / (1.0 + 0.2316419 * tl.abs(z))
+    density = tl.exp2(-0.7213475204444817 * z * z) * 0.3989422804014327
+    m = t * (1.781477937 + t * (-1.821255978 + t * 1.330274429))
+    return density * (t * (0.319381530 + t * (-0.356563782 + m))), density
 
 
 @triton.jit
@@ -16,17 +26,22 @@ def _cdf(z, TANH: tl.constexpr):
     """gelu(z) / z and its derivative: of Phi, or of (1 + tanh u) / 2 = sigmoid(2u)."""
     if TANH:
         slope = 1.5957691216057308 * (1.0 + 3 * 0.044715 * z * z)
-        p = tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
-        return p, p * (1.0 - p) * slope
-    p = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
-    return p, 0.3989422804014327 * tl.exp(-0.5 * z * z)
+        small = tl.exp(-1.5957691216057308 * tl.abs(z + 0.044715 * z * z * z))
+        large = 1.0 / (1.0 + small)  # sigmoid(|2u|); 1 - p would lose the digits of a small one
+        small *= large
+        return tl.where(z < 0, small, large), small * large * slope
+    small, density = _tail(z)
+    return tl.where(z < 0, small, 1.0 - small), density
 
 
 @triton.jit
 def gelu_of(z, TANH: tl.constexpr):
     """gelu(z) in fp32."""
-    p, _ = _cdf(z, TANH)
-    return z * p
+    if TANH:
+        p, _ = _cdf(z, TANH)
+        return z * p
+    small, _ = _tail(z)
+    return tl.maximum(z, 0.0) - tl.minimum(tl.abs(z), 100.0) * small  # bounded: infinity times 0 is none
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -81,9 +96,11 @@ def gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str) -> tu
     """dx and, with a bias, dbias."""
     dx, T, F = torch.empty_like(x), x.shape[:-1].numel(), x.shape[-1]
     with on_device(x):
-        tile = gelu_tile(F, x.dtype)
+        tile = gelu_bwd_tile(F)
         rows, cols = tile.rows, tile.cols
-        num_programs = triton.cdiv(T, rows) if bias is None else min(triton.cdiv(T, rows), num_partials())
+        num_programs = triton.cdiv(T, rows)
+        if bias is not None:
+            num_programs = min(num_programs, triton.cdiv(num_partials(), triton.cdiv(F, cols)))
         partials = None if bias is None else torch.empty(num_programs, F, dtype=torch.float32, device=x.device)
         _gelu_bwd_kernel[(num_programs, triton.cdiv(F, cols))](
             dy, x, bias, dx, partials, T, F, approximate == "tanh", rows, cols, **tile.options()
