@@ -54,6 +54,9 @@ def test_epilogues_are_within_budget(shape, dtype, poisoned_empty):
     for form in ("none", "tanh"):
         ours = kernels.linear_gelu_fwd(*_linear(i), form)
         assert_within_budget(ours, linear_gelu_ref(*_linear(i), form), linear_gelu_ref(*_linear(_wide(i)), form))
+    none = torch.zeros_like(i["residual"])
+    ours, exact = kernels.linear_fwd(*_linear(i)), linear_add_ref(*_linear(_wide(i)), none.double())
+    assert_within_budget(ours, linear_add_ref(*_linear(i), none), exact)
     ours = kernels.linear_add_fwd(*_linear(i), i["residual"])
     exact = linear_add_ref(*_linear(_wide(i)), _wide(i)["residual"])
     assert_within_budget(ours, linear_add_ref(*_linear(i), i["residual"]), exact)
@@ -245,4 +248,5 @@ def test_epilogues_are_those_that_were_measured():
     if kernels.available():
         from fastbert.kernels import configs
 
-        assert configs.EPILOGUES == {90: {"linear_gelu"}}
+        assert set(configs.EPILOGUES) == {90}
+        assert set(configs.EPILOGUES[90]) == {"linear", "linear_gelu"}

@@ -19,7 +19,7 @@ from fastbert.models.encoder import AddLayerNorm, FeedForward, Layer
 from fastbert.models.quantize import Float8Linear
 from fastbert.ops import add_layer_norm, attention
 from fastbert.ops.dispatch import fused
-from fastbert.ops.linear import linear_add, linear_gelu
+from fastbert.ops.linear import linear, linear_add, linear_gelu
 from fastbert.packing import PackedBatch
 
 _FORMS = {ACTIVATIONS["gelu"]: "none", ACTIVATIONS["gelu_new"]: "tanh"}
@@ -53,19 +53,23 @@ def _context(layer: Layer, qkv: torch.Tensor, batch: PackedBatch, rel_bias: torc
     return attention(qkv, batch.cu_seqlens, batch.max_seqlen, rel_bias=rel_bias).flatten(1)
 
 
-def _add_norm(linear: nn.Module, x: torch.Tensor, residual: torch.Tensor, norm: AddLayerNorm) -> torch.Tensor:
-    """LN(linear(x) + residual)."""
-    if type(linear) is nn.Linear and fused("linear_add", x) is not None:
-        return norm(linear_add(x, linear.weight, linear.bias, residual))
-    return norm(linear(x), residual)
+def _linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return linear(x, module.weight, module.bias) if type(module) is nn.Linear else module(x)
+
+
+def _add_norm(module: nn.Module, x: torch.Tensor, residual: torch.Tensor, norm: AddLayerNorm) -> torch.Tensor:
+    """LN(module(x) + residual)."""
+    if type(module) is nn.Linear and fused("linear_add", x, len(x)) is not None:
+        return norm(linear_add(x, module.weight, module.bias, residual))
+    return norm(_linear(module, x), residual)
 
 
 def _inner(feed_forward: FeedForward, x: torch.Tensor) -> torch.Tensor:
     """act(intermediate(x))."""
-    linear, form = feed_forward.intermediate, _FORMS.get(feed_forward.act)
-    if form is not None and type(linear) is nn.Linear and fused("linear_gelu", x) is not None:
-        return linear_gelu(x, linear.weight, linear.bias, form)
-    return feed_forward.act(linear(x))
+    module, form = feed_forward.intermediate, _FORMS.get(feed_forward.act)
+    if form is not None and type(module) is nn.Linear and fused("linear_gelu", x, len(x)) is not None:
+        return linear_gelu(x, module.weight, module.bias, form)
+    return feed_forward.act(_linear(module, x))
 
 
 class Chain:
@@ -79,7 +83,7 @@ class Chain:
     def __call__(self, x: torch.Tensor, batch: PackedBatch, rel_bias: torch.Tensor | None) -> torch.Tensor:
         """(T, D) -> (T, D)."""
         for layer in self._layers:
-            context = _context(layer, layer.attention.qkv(x), batch, rel_bias)
+            context = _context(layer, _linear(layer.attention.qkv, x), batch, rel_bias)
             x = _add_norm(layer.attention.dense, context, x, layer.attention_LayerNorm)
             x = _add_norm(layer.feed_forward.output, _inner(layer.feed_forward, x), x, layer.output_LayerNorm)
         return x

@@ -17,7 +17,7 @@ import torch
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _FILES = {op: op for op in ("embed", "attention", "add_layer_norm", "gelu", "pool", "cross_entropy")}
 _FILES |= dict.fromkeys(("attention_rel_bias", "attention_window"), "attention")
-_EPILOGUES = ("linear_gelu", "linear_add", "norm_linear")
+_EPILOGUES = ("linear", "linear_gelu", "linear_add", "norm_linear")
 _FILES |= dict.fromkeys((*_EPILOGUES, "float8_linear"), "linear")
 _PARTS = {  # of fused layers, which engine/cuda.py builds: no op of their own
     "add_layer_norm_float8": "add_layer_norm",
@@ -60,6 +60,12 @@ def supports(op: str, device_type: str, dtype: torch.dtype) -> bool:
         return torch.cuda.get_device_capability() >= _OLDEST_FLOAT8
     configs = importlib.import_module(f"{__name__}.configs")
     return op in configs.EPILOGUES.get(configs.architecture(), ())
+
+
+def pays(op: str, num_rows: int) -> bool:
+    """Whether a linear layer over so many rows was measured to be faster here than the vendor's GEMM."""
+    configs = importlib.import_module(f"{__name__}.configs")
+    return any(num_rows in rows for rows in configs.EPILOGUES.get(configs.architecture(), {}).get(op, ()))
 
 
 def require() -> None:

@@ -108,9 +108,13 @@ def check_head_size(qkv: Tensor) -> None:
         raise ValueError(f"the triton attention takes head sizes 1 to {MAX_HEAD_SIZE}, got {qkv.shape[3]}")
 
 
-# Fused linear layers (linear_gelu, linear_add, norm_linear) that beat the vendor's GEMM and a kernel after it, by
-# architecture: `python -m benchmarks.gpu` measures them, and until it has on an architecture, none is used there.
-EPILOGUES: dict[int, frozenset[str]] = {90: frozenset({"linear_gelu"})}
+# Linear layers (linear, linear_gelu, linear_add, norm_linear) that beat the vendor's GEMM and the kernel after it, for
+# how many rows, by architecture. `python -m benchmarks.gpu` measures them; until it has, none is used there. On 90
+# (H200, Triton 3.6, 2026-11-27): linear_gelu takes 0.8 of the time at T = 128 and 0.93 at T = 16384, but 1.1 at 2048,
+# where its tiles fill one wave and a half; linear 0.96 at 16384, and the vendor's needs a memset before it.
+EPILOGUES: dict[int, dict[str, tuple[range, ...]]] = {
+    90: {"linear_gelu": (range(1025), range(4096, 1 << 31)), "linear": (range(16384, 1 << 31),)}
+}
 
 
 def linear_tile(num_rows: int, num_cols: int, dtype: torch.dtype) -> Tile:
@@ -119,7 +123,10 @@ def linear_tile(num_rows: int, num_cols: int, dtype: torch.dtype) -> Tile:
         return Tile(32, 32, 4, 2, depth=32)
     depth = 128 if dtype.itemsize == 1 else 64
     if num_rows <= 512:  # few rows: narrow tiles, so that every multiprocessor streams weights
-        tile = Tile(64, 32 if num_cols <= 1024 else 64, 4, 4, depth=depth)
+        if num_rows <= 128 or num_cols <= 1024:
+            tile = Tile(64, 32, 4, 4, depth=128)
+        else:
+            tile = Tile(64, 64 if num_rows <= 256 else 128, 4, 4, depth=depth)
         return chosen("linear_short", dtype, num_cols, tile)
     if dtype.itemsize == 1:  # a group's sums are scaled before they are added: twice the registers
         tile = Tile(128, 128, 8, 3, depth=depth)
@@ -150,6 +157,6 @@ def candidates(kernel: str, static: Tile) -> tuple[Tile, ...]:
         "attention_dq": (Tile(64, 64, 4, 2, 128), Tile(64, 64, 4, 3), Tile(32, 32, 4)),
         "attention_dkv": (Tile(64, 64, 4), Tile(64, 32, 4), Tile(64, 32, 4, 3), Tile(32, 32, 4)),
         "gelu": (Tile(4, 512, 4), Tile(1, 1024, 4), Tile(16, 256, 4)),
-        "linear_short": (Tile(64, 128, 4, 4, depth=64), Tile(64, 32, 4, 6, depth=64), Tile(128, 64, 4, 4, depth=64)),
+        "linear_short": (Tile(64, 64, 4, 4, depth=64), Tile(64, 32, 4, 6, depth=64), Tile(64, 64, 4, 4, depth=128)),
         "linear": (Tile(128, 128, 8, 3, depth=64), Tile(128, 256, 8, 4, depth=64), Tile(128, 256, 8, 3, depth=64)),
     }[kernel]  # fmt: skip

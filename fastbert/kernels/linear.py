@@ -186,6 +186,11 @@ def _launch(
     return y[:, :N].contiguous(), scale if quantised else partials, cols
 
 
+def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """See `fastbert.ops.linear`."""
+    return _launch(x, weight, bias, None, "", x.dtype)[0]
+
+
 def linear_gelu_fwd(x: Tensor, weight: Tensor, bias: Tensor, approximate: str) -> Tensor:
     """See `fastbert.ops.linear`."""
     return _launch(x, weight, bias, None, "tanh" if approximate == "tanh" else "erf", x.dtype)[0]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from fastbert.ops import gelu
 from fastbert.weights import nearest
 
-Activation = Callable[[torch.Tensor], torch.Tensor]
+Activation = Callable[..., torch.Tensor]
 
 _tanh_gelu = partial(gelu, approximate="tanh")
 
@@ -37,6 +37,9 @@ ACTIVATIONS: dict[str, Activation] = {
     "swish": F.silu,
     "tanh": torch.tanh,
 }
+
+
+WITH_BIAS = (gelu, _tanh_gelu)  # they take a bias, and their backward has its gradient in registers
 
 
 def activation(name: str | Activation) -> Activation:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastbert.models.activations import activation
+from fastbert.models.activations import WITH_BIAS, activation
 from fastbert.models.layer_stack import LayerStack, Trace
 from fastbert.models.outputs import BaseModelOutput, BaseModelOutputWithPooling
 from fastbert.models.plain import split_linear
@@ -123,7 +123,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x: torch.Tensor) -> Split:
         """(T, D) -> (T, D) and the bias (D) to add."""
-        return split_linear(self.output, self.act(self.intermediate(x)))
+        if self.act not in WITH_BIAS:
+            return split_linear(self.output, self.act(self.intermediate(x)))
+        return split_linear(self.output, self.act(*split_linear(self.intermediate, x)))
 
 
 class Layer(nn.Module):

@@ -8,7 +8,7 @@ from fastbert.ops.embed import embed
 from fastbert.ops.float8_linear import float8_linear
 from fastbert.ops.gelu import gelu
 from fastbert.ops.int8_linear import int8_linear
-from fastbert.ops.linear import linear_add, linear_gelu
+from fastbert.ops.linear import linear, linear_add, linear_gelu
 from fastbert.ops.plan import plan_batches, plan_concat, plan_mask
 from fastbert.ops.pool import pool
 
@@ -23,6 +23,7 @@ OPS = (
     "cross_entropy",
     "int8_linear",
     "float8_linear",
+    "linear",
     "linear_gelu",
     "linear_add",
     "plan_mask",
@@ -39,6 +40,7 @@ __all__ = [
     "float8_linear",
     "gelu",
     "int8_linear",
+    "linear",
     "linear_add",
     "linear_gelu",
     "plan_batches",

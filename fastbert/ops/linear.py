@@ -1,4 +1,4 @@
-"""Linear layers with what follows them: gelu(x W^T + b), and x W^T + b + r. Inference only.
+"""Linear layers, and with what follows them: gelu(x W^T + b), and x W^T + b + r. Inference only.
 
 One kernel where a backend has one that was measured to be faster than the vendor's GEMM and a kernel after it, else the
 two ops.
@@ -39,6 +39,25 @@ def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> None:
         raise RuntimeError("a fused linear layer has no backward: call it under torch.no_grad()")
 
 
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """`F.linear(x, weight, bias)`, by a kernel of ours where that is faster.
+
+    Args:
+        x: (T, K); weight: (N, K) and bias: (N) in its dtype; sums are fp32.
+
+    Returns:
+        (T, N) in the dtype of `x`.
+
+    Raises:
+        ValueError, RuntimeError: as `linear_gelu`.
+    """
+    _check(x, weight, bias)
+    backend = fused("linear", x, x.shape[0])
+    if backend is None:
+        return F.linear(x, weight, bias)
+    return backend.linear_fwd(x.contiguous(), weight.contiguous(), bias)
+
+
 def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, approximate: str = "none") -> torch.Tensor:
     """`gelu(F.linear(x, weight, bias))` of a feed-forward layer.
 
@@ -56,7 +75,7 @@ def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, appro
     if approximate not in FORMS:
         raise ValueError(f"approximate must be one of {FORMS}, got {approximate!r}")
     _check(x, weight, bias)
-    backend = fused("linear_gelu", x)
+    backend = fused("linear_gelu", x, x.shape[0])
     if backend is None:
         return gelu(F.linear(x, weight, bias), approximate=approximate)
     return backend.linear_gelu_fwd(x.contiguous(), weight.contiguous(), bias, approximate)
@@ -78,7 +97,7 @@ def linear_add(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residu
     if residual.shape != (x.shape[0], weight.shape[0]) or residual.dtype != x.dtype:
         expected = (x.shape[0], weight.shape[0])
         raise ValueError(f"residual is {residual.dtype} {tuple(residual.shape)}, expected {x.dtype} {expected}")
-    backend = fused("linear_add", x)
+    backend = fused("linear_add", x, x.shape[0])
     if backend is None:
         return F.linear(x, weight, bias) + residual
     return backend.linear_add_fwd(x.contiguous(), weight.contiguous(), bias, residual.contiguous())
