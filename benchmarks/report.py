@@ -8,6 +8,7 @@ from pathlib import Path
 
 from benchmarks import harness
 from benchmarks.harness import RESULTS
+from benchmarks.report_gpu import gpu_table
 from benchmarks.report_training import pretraining_table, training_table
 
 README = RESULTS.parent.parent / "README.md"
@@ -98,7 +99,9 @@ def render(readme: str) -> str:
     """The README with its block of numbers made anew."""
     before, rest = readme.split(BEGIN)
     makers = {"encoder": table, "server": serving, "training": training_table, "pretrain": pretraining_table}
-    tables = "\n\n".join(make(path) for kind, make in makers.items() for path in sorted(RESULTS.glob(f"{kind}-*.csv")))
+    makers["gpu"] = gpu_table
+    made = [make(path) for kind, make in makers.items() for path in sorted(RESULTS.glob(f"{kind}-*.csv"))]
+    tables = "\n\n".join(table for table in made if table)
     return f"{before}{BEGIN}\n{tables}\n{END}{rest.split(END)[1]}"
 
 
