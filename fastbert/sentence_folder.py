@@ -108,7 +108,7 @@ class Dropout(nn.Dropout):
 def finished(modules: nn.Sequential, pooled_SD: torch.Tensor, truncate_dim: int | None, unit: bool) -> torch.Tensor:
     """Vectors (S, D) fp32 of pooled states: through the modules, cut to `truncate_dim` features, of length 1 if `unit`.
 
-    A row's length is summed in the same order whatever rows are beside it.
+    What the last module scaled is not scaled again. A row's bits do not depend on the rows beside it.
     """
     vectors_SD = modules(pooled_SD.float())
     if truncate_dim is not None and truncate_dim < vectors_SD.shape[1]:
