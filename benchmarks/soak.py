@@ -1,6 +1,7 @@
 """`python -m benchmarks.soak memory|term`: does a server under load keep its size, and does it end without losing work?
 
 `memory`: mixed requests at half of the capacity for minutes; the slope of the resident memory must be within its noise.
+Ten minutes or more write a row.
 `term`: SIGTERM in the middle of load, again and again; what the server took on it must have answered.
 """
 
@@ -16,12 +17,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks import load, servers
+from benchmarks import harness, load, servers
 from benchmarks.encoder import WORDS, real_texts
-from benchmarks.server import MODEL_NAME, Work, exact_vectors, saturate
+from benchmarks.server import MODEL_NAME, Work, exact_vectors, saturate, write
 from fastbert import Embedder
 from fastbert.hub import DEFAULT_MODEL, resolve
 
+KEY = ("what", "options", "clients")
+ROW_MINUTES = 10.0  # a shorter soak is a look: no row
 MAX_GROWTH_MB = 8.0  # of resident memory in a whole soak: a leak of one 1536-byte vector a request would be far more
 
 
@@ -47,6 +50,27 @@ class Slope:
     def flat(self) -> bool:
         """Whether the slope is within two standard errors of none, or the growth is too small to matter."""
         return self.mb_per_minute <= 2 * self.error or self.growth_mb <= MAX_GROWTH_MB
+
+
+@dataclass(frozen=True)
+class SoakRow(harness.Machine):
+    """A soak of memory: resident size as the load began and as it ended, the slope of what is after the first fifth.
+
+    `refused` answers were a 429; `failures` are answers that are wrong or did not come.
+    """
+
+    what: str
+    options: str
+    clients: int
+    minutes: float
+    requests_s: float
+    answers: int
+    refused: int
+    failures: int
+    first_mb: float
+    last_mb: float
+    slope_mb_per_minute: float
+    slope_error: float
 
 
 def mixed_texts(requests: int, seed: int = 0) -> list[list[str]]:
@@ -88,6 +112,12 @@ def memory(folder: str, exact: Embedder, minutes: float, clients: int, options: 
         f"{len(answers.status)} answers, {answers.count(429)} x 429, {len(failures)} wrong or lost {failures[:3]}; "
         f"{mb[0]:.1f} to {mb[-1]:.1f} MiB, slope {slope.mb_per_minute:+.3f} +- {slope.error:.3f} MiB/min; exit {code}"
     )
+    row = SoakRow(
+        "memory", " ".join(options), clients, minutes, round(rate / 2, 1), len(answers.status), answers.count(429),
+        len(failures), round(mb[0], 1), round(mb[-1], 1), round(slope.mb_per_minute, 3), round(slope.error, 3),
+    )  # fmt: skip
+    if minutes >= ROW_MINUTES:
+        write([row], "soak", KEY)
     return slope.flat() and not failures and code == 0
 
 

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <memory>
 #include <optional>
+#include <utility>
 #include <variant>
 #include <vector>
 
@@ -185,12 +186,13 @@ class Either {
       frozen_;
 };
 
-// Some bytes of each of some tensors, as they were. Writes that torch does not count (through .data or NumPy) change
-// them, unless they are to few elements only. The tensors must outlive it.
-class Samples {
+// Where some tensors lie, how often torch wrote to them, and some bytes of those that are `sampled`, as they were. Writes
+// that torch does not count (through .data or NumPy) change the bytes, unless they are to few elements only.
+class Stamps {
  public:
-  explicit Samples(const py::list& tensors) {
-    for (const py::handle tensor : tensors) {
+  Stamps(py::list tensors, py::list sampled) : tensors_(std::move(tensors)), sampled_(std::move(sampled)) {
+    for (const py::handle tensor : tensors_) stamps_.push_back(stamp(tensor));
+    for (const py::handle tensor : sampled_) {
       const View view(tensor, "parameter");
       const char* first = view;
       const int64_t nbytes = view.numel() * view.nbytes_of_one();
@@ -201,6 +203,8 @@ class Samples {
     }
   }
   bool same() const {
+    for (std::size_t i = 0; i < stamps_.size(); ++i)
+      if (stamp(PyList_GET_ITEM(tensors_.ptr(), i)) != stamps_[i]) return false;
     bool equal = true;
     for (std::size_t i = 0; i < at_.size(); ++i) equal &= word(at_[i]) == values_[i];
     return equal;
@@ -208,11 +212,16 @@ class Samples {
 
  private:
   static constexpr int64_t kEach = 8;
+  static std::pair<const void*, int64_t> stamp(py::handle tensor) {
+    return {torch.address(tensor), torch.version(tensor)};
+  }
   static std::uint32_t word(const char* p) {
     std::uint32_t value;
     std::memcpy(&value, p, sizeof value);
     return value;
   }
+  py::list tensors_, sampled_;
+  std::vector<std::pair<const void*, int64_t>> stamps_;
   std::vector<const char*> at_;
   std::vector<std::uint32_t> values_;
 };
@@ -220,7 +229,7 @@ class Samples {
 }  // namespace
 
 void bind_encoder(py::module_& m) {
-  py::class_<Samples>(m, "Samples").def(py::init<const py::list&>()).def("same", &Samples::same);
+  py::class_<Stamps>(m, "Stamps").def(py::init<py::list, py::list>()).def("same", &Stamps::same);
   py::class_<Either>(m, "Encoder")
       .def(py::init<const py::dict&, bool>(), py::arg("weights"), py::arg("high") = false)
       .def("forward", &Either::forward, py::arg("input_ids"), py::arg("position_ids"), py::arg("type_ids"),

@@ -28,7 +28,28 @@ struct Torch {
     if (dlpack == nullptr || dlpack->version.major != 1)
       throw py::import_error("fastbert needs a torch with DLPack 1.3's exchange API: install torch 2.11 or newer");
     tensor = reinterpret_cast<PyTypeObject*>(type.ptr());
+    const py::object descriptor = type.attr("_version");
+    if (!Py_IS_TYPE(descriptor.ptr(), &PyGetSetDescr_Type))
+      throw py::import_error("fastbert needs torch.Tensor._version to be a descriptor of C, as torch 2.11 has it");
+    version_of = reinterpret_cast<PyGetSetDescrObject*>(descriptor.ptr())->d_getset;
   }
+  // Of a tensor: the address of its first element, null where it has no plain memory; and how often torch wrote to it.
+  const void* address(py::handle object) const {
+    DLTensor view;
+    if (dlpack->tensor_from_object(object.ptr(), &view) != 0) {
+      PyErr_Clear();
+      return nullptr;
+    }
+    return static_cast<const char*>(view.data) + view.byte_offset;
+  }
+  int64_t version(py::handle object) const {
+    const auto version = py::reinterpret_steal<py::object>(version_of->get(object.ptr(), version_of->closure));
+    if (!version) throw py::error_already_set();
+    return PyLong_AsLongLong(version.ptr());
+  }
+
+ private:
+  const PyGetSetDef* version_of = nullptr;
 };
 inline Torch torch;
 

@@ -17,9 +17,12 @@ namespace {
 constexpr std::size_t kHugePage = std::size_t{1} << 21;
 // A thread's own sequences, at most this many tokens at once: their hidden states stay in L2.
 constexpr std::int64_t kChunkTokens = 256;
-// Tokens a thread below which threads share every stage instead: each then reads its part of the weights only. MiniLM on
-// two Zen 5 threads: 3 to 10 % faster up to 128 tokens a thread, equal at 256, 6 % slower at 512 (2026-11-23).
-constexpr std::int64_t kTogetherTokens = 192;
+// Tokens a thread below which threads share every stage instead, each reading its part of the weights only; and by how
+// much the busiest thread's work may exceed the mean before sharing is faster again. Two Zen 5 threads, weights
+// prefetched, MiniLM and BERT-base: apart takes 0.94 to 1.01 of the time of sharing from 48 tokens a thread on where
+// chunks balance, 0.96 to 1.04 at a makespan of 1.05 to 1.07, 1.10 to 1.19 at one of 1.2 (2026-11-27).
+constexpr std::int64_t kTogetherTokens = 64;
+constexpr double kBalanced = 1.08;
 // Tokens that a team takes at once.
 constexpr std::int64_t kTeamTokens = 1024;
 
@@ -204,7 +207,7 @@ void Encoder<T>::forward(const Tokens& tokens, std::int64_t max_seqlen, Stored<T
   if (T_ == 0) return;
 
   const Chunks apart(tokens.cu_seqlens, S, num_threads, kChunkTokens, cost);
-  const bool enough = T_ >= kTogetherTokens * num_threads && apart.makespan * num_threads <= 1.2 * apart.total;
+  const bool enough = T_ >= kTogetherTokens * num_threads && apart.makespan * num_threads <= kBalanced * apart.total;
   if (num_threads == 1 || enough) {
     const auto nbytes = round_up(kernels_.encoder_bytes(w, apart.max_tokens, max_seqlen, 1), 64);
     Memory memory = borrow(nbytes * num_threads);

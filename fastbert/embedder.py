@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from fastbert.engine import release_weights
 from fastbert.engine.dtypes import resolve_device, resolve_dtype
@@ -23,7 +22,7 @@ from fastbert.models.encoder import EncoderModel
 from fastbert.models.quantize import loaded_dtype, quantize
 from fastbert.packing import PackedBatch, pack, token_batches
 from fastbert.progress import progress
-from fastbert.sentence_folder import SIMILARITIES, Dense, SentenceFolder, read_folder, write_folder
+from fastbert.sentence_folder import SIMILARITIES, Dense, SentenceFolder, finished, read_folder, write_folder
 from fastbert.tokenizer import Text, Tokenizer
 from fastbert.vectors import Collector, Vectors, quantize_vectors, similarity, similarity_pairwise
 from fastbert.weights import read_json
@@ -195,29 +194,42 @@ class Embedder:
             raise ValueError(f"prompt name {name!r} is unknown; the model's prompts are {sorted(self.prompts)}")
         return self.prompts[name]
 
+    def pooled(
+        self, batch: PackedBatch, prompt_length: int = 0, keep: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Token states of a batch pooled, (S, len(modes) * D), without the `prompt_length` first ones of each where the
+        model leaves prompts out; and themselves, (T, D), None where neither `keep` nor pooling needs them."""
+        skip = 0 if self.pooling.include_prompt else prompt_length
+        if len(self.pooling.modes) == 1 and not skip and not keep:
+            return self.model.pool_packed(batch, self.pooling.modes[0]), None
+        hidden_TD = self.model.forward_packed(batch)
+        cu_seqlens = batch.cu_seqlens.to(hidden_TD.device, non_blocking=True)
+        return self.pooling(hidden_TD, cu_seqlens, skip), hidden_TD
+
     @torch.inference_mode()
     def _steps(
-        self, texts: Sequence[Text], prompt: str, batch_size: int | None, token_budget: int | None, keep: bool = False
+        self,
+        texts: Sequence[Text],
+        prompt: str,
+        batch_size: int | None,
+        token_budget: int | None,
+        truncate_dim: int | None,
+        unit: bool = False,
+        keep: bool = False,
     ) -> Iterator[_Step]:
         """Compute texts batch by batch, part of the list by part, in each the longest texts first; `keep` the hidden
         states, which vectors alone may do without."""
         tokenizer, device = self.tokenizer, self.device
         prompt_length = tokenizer.prompt_length(prompt) if prompt and not self.pooling.include_prompt else 0
-        mode = self.pooling.modes[0] if len(self.pooling.modes) == 1 and not prompt_length and not keep else None
+        truncate_dim = self.truncate_dim if truncate_dim is None else truncate_dim
         if token_budget is None:
             token_budget = TOKENS_PER_THREAD * torch.get_num_threads() if device.type == "cpu" else TOKENS_PER_GPU
         for first, encoded in encode_windows(tokenizer, texts, prompt, token_budget):
             for rows in token_batches([len(ids) for ids in encoded.ids], token_budget, batch_size):
                 types = None if encoded.type_ids is None else [encoded.type_ids[i] for i in rows]
                 batch = pack([encoded.ids[i] for i in rows], types, self.model.position_offset)
-                hidden_TD = None
-                if mode is not None:  # which stages what lies on the host
-                    pooled_SD = self.model.pool_packed(batch, mode)
-                else:
-                    hidden_TD = self.model.forward_packed(batch)
-                    cu_seqlens = batch.cu_seqlens.to(device, non_blocking=True)
-                    pooled_SD = self.pooling(hidden_TD, cu_seqlens, prompt_length)
-                vectors_SD = self.modules(pooled_SD.float())
+                pooled_SD, hidden_TD = self.pooled(batch, prompt_length, keep)
+                vectors_SD = finished(self.modules, pooled_SD, truncate_dim, unit)
                 num_truncated = sum(encoded.truncated[i] for i in rows)
                 yield _Step([first + i for i in rows], batch, hidden_TD, vectors_SD, num_truncated)
 
@@ -244,13 +256,13 @@ class Embedder:
         num_tokens = num_truncated = 0
         collector = Collector(vectors)
         with progress(len(texts), show_progress_bar) as advance:
-            for step in self._steps(texts, prompt, batch_size, token_budget):
-                collector.add(step.rows, step.vectors_SD[:, :truncate_dim])
+            for step in self._steps(texts, prompt, batch_size, token_budget, truncate_dim, normalize_embeddings):
+                collector.add(step.rows, step.vectors_SD)
                 num_tokens += step.batch.num_tokens
                 num_truncated += step.num_truncated
                 advance(len(step.rows), step.batch.num_tokens)
             collector.finish()
-        return Embeddings(F.normalize(vectors) if normalize_embeddings else vectors, num_tokens, num_truncated)
+        return Embeddings(vectors, num_tokens, num_truncated)
 
     def encode(
         self,
@@ -337,14 +349,13 @@ class Embedder:
         token_budget: int | None,
         truncate_dim: int | None,
     ) -> tuple[list[dict[str, torch.Tensor]], int]:
-        truncate_dim = self.truncate_dim if truncate_dim is None else truncate_dim
         outputs: list[dict[str, torch.Tensor]] = [{} for _ in texts]
         num_truncated = 0
-        for step in self._steps(texts, prompt, batch_size, token_budget, keep=True):
+        for step in self._steps(texts, prompt, batch_size, token_budget, truncate_dim, keep=True):
             assert step.hidden_TD is not None
             num_truncated += step.num_truncated
             ids, states = step.batch.split(step.batch.input_ids), step.batch.split(step.hidden_TD.float())
-            for row, *values in zip(step.rows, ids, states, step.vectors_SD[:, :truncate_dim], strict=True):
+            for row, *values in zip(step.rows, ids, states, step.vectors_SD, strict=True):
                 names = ("input_ids", "token_embeddings", "sentence_embedding")
                 outputs[row] = {n: v.cpu().clone() for n, v in zip(names, values, strict=True)}
         return outputs, num_truncated

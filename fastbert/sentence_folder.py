@@ -105,6 +105,19 @@ class Dropout(nn.Dropout):
         self.config = dict(config)
 
 
+def finished(modules: nn.Sequential, pooled_SD: torch.Tensor, truncate_dim: int | None, unit: bool) -> torch.Tensor:
+    """Vectors (S, D) fp32 of pooled states: through the modules, cut to `truncate_dim` features, of length 1 if `unit`.
+
+    What the last module scaled is not scaled again. A row's bits do not depend on the rows beside it.
+    """
+    vectors_SD = modules(pooled_SD.float())
+    if truncate_dim is not None and truncate_dim < vectors_SD.shape[1]:
+        vectors_SD = vectors_SD[:, :truncate_dim].contiguous()
+    elif len(modules) and isinstance(modules[-1], Normalize):
+        return vectors_SD
+    return F.normalize(vectors_SD) if unit else vectors_SD
+
+
 MODULES: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     cls.__name__: cls for cls in (Dense, LayerNorm, Normalize, Dropout)
 }

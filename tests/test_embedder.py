@@ -426,6 +426,14 @@ def test_truncate_dim(build, options):
         declared.encode("a", truncate_dim=0)
 
 
+def test_vectors_are_scaled_where_no_module_has_done_it_last(build):
+    for modules in ([], [("Normalize", {}, None), _dense(16, True)], [_dense(16, True), ("Normalize", {}, None)]):
+        vectors = load(build(modules=modules)).encode(TEXTS, normalize_embeddings=True)
+        np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+    embedder = load(build(modules=[("Normalize", {}, None)]))
+    np.testing.assert_array_equal(embedder.encode(TEXTS, normalize_embeddings=True), embedder.encode(TEXTS))
+
+
 def test_shapes_and_containers(build):
     embedder = load(build())
     assert embedder.encode("one").shape == (32,)

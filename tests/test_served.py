@@ -141,6 +141,19 @@ def test_one_pass_for_different_outputs(tiny):
     assert [value.shape for value in mixed[:3]] == shapes
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_vectors_alone_are_pooled_in_the_engine_with_the_same_bits(dtype, minilm, monkeypatch):
+    served = Served.load(minilm, dtype=dtype)
+    rows, _ = inputs()
+    mixed = values(served, rows, output=["tokens", *["vectors", "unit"] * 3, "unit"])
+    monkeypatch.setattr(served.base, "encode_packed", lambda batch: pytest.fail("hidden states were asked for"))
+    alone = values(served, rows, output=["vectors", *["vectors", "unit"] * 3, "unit"])
+    for one, other in zip(mixed[1:], alone[1:], strict=True):
+        np.testing.assert_array_equal(one, other)
+    with pytest.raises(pytest.fail.Exception):
+        values(served, rows, output="tokens")
+
+
 @pytest.mark.parametrize("strategy", ["max", "sum"])
 @pytest.mark.parametrize("activation", ["relu", "log1p_relu"])
 def test_splade_is_that_of_sentence_transformers(strategy, activation):

@@ -51,15 +51,14 @@ def use_engine(mode: str) -> Iterator[None]:
         _mode = before
 
 
-def _circumstances(model: EncoderModel) -> str | None:
-    """Why a call made now runs as ops, whatever the model is made of."""
+def _circumstances(model: EncoderModel, device: str) -> str | None:
+    """Why a call made now on this type of device runs as ops, whatever the model is made of."""
     if _mode == "off":
         return 'use_engine("off") is in force'
     if torch.is_grad_enabled():
         return "autograd records: call under torch.no_grad() or torch.inference_mode() for the engine"
     if model.training:
         return "the model is in training mode: call model.eval() for the engine"
-    device = model.device.type
     if device not in _ENGINES:
         return f"there is no engine for {device}"
     if device == "cpu" and forced_backend() is not None:
@@ -99,7 +98,8 @@ def run(model: EncoderModel, batch: PackedBatch, pooling: str | None = None) -> 
     Raises:
         IndexError: ids outside a table.
     """
-    if _circumstances(model) or batch.input_ids.device.type not in ("cpu", model.device.type):
+    device = model.device.type
+    if _circumstances(model, device) or batch.input_ids.device.type not in ("cpu", device):
         return None
     engine = _engine(model)
     if isinstance(engine, cpu.Engine):
@@ -121,7 +121,7 @@ def release_weights(model: PreTrainedModel) -> None:
     base = model if isinstance(model, EncoderModel) else model.base_model
     assert isinstance(base, EncoderModel)
     with torch.no_grad(), _compiling:
-        reason = _circumstances(base)
+        reason = _circumstances(base, base.device.type)
         if reason is None and base.device.type != "cpu":
             reason = f"an engine on {base.device.type} computes with the model's own weights"
         made = reason or cpu.compile_and_release(model, base)
@@ -135,5 +135,5 @@ def plan(model: EncoderModel) -> str:
 
     A call that asks for hidden states, attentions or gives `inputs_embeds` runs as ops whatever it says.
     """
-    made = _circumstances(model) or _engine(model)
+    made = _circumstances(model, model.device.type) or _engine(model)
     return f"ops: {made}" if isinstance(made, str) else str(made)

@@ -7,7 +7,7 @@ or the shape of the model makes `Watch.same` false.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from operator import attrgetter, is_
+from operator import is_
 from typing import Any
 
 import torch
@@ -75,9 +75,6 @@ def _altered(state: dict[str, Any]) -> str | None:
     return "has a forward of its own on the instance" if "forward" in state else None
 
 
-_version = attrgetter("_version")
-
-
 class Watch:
     """The modules and tensors as they were: cheap to compare with what they are.
 
@@ -96,16 +93,17 @@ class Watch:
         self.values = [v[:] if isinstance(v := state[name], list) else v for state, name in self.settings]
         self.homes = [home for m in modules for home in homes(m)]
         self.tensors = [held[name] for held, name in self.homes]
-        self.filled = [tensor for tensor in self.tensors if type(tensor) is not Released]
-        self.addresses = list(map(torch.Tensor.data_ptr, self.filled))
+        filled = [tensor for tensor in self.tensors if type(tensor) is not Released]
         # Aliases keep the memory of a replaced tensor from being given to the one that replaces it.
-        self.aliases = [tensor.detach() for tensor in self.filled]
-        self.copied = copied
+        self.aliases = [tensor.detach() for tensor in filled]
         if copied:
-            self.versions = list(map(_version, self.filled))
             # Writes through `.data` or NumPy are not counted by torch: samples of the values see all but the smallest.
             flat = [alias if alias.is_contiguous() else alias.mT for alias in self.aliases]
-            self.samples = native.require().Samples([tensor for tensor in flat if tensor.is_contiguous()])
+            sampled = [tensor for tensor in flat if tensor.is_contiguous()]
+            self.untouched = native.require().Stamps(filled, sampled).same
+        else:
+            addresses = list(map(torch.Tensor.data_ptr, filled))
+            self.untouched = lambda: list(map(torch.Tensor.data_ptr, filled)) == addresses
 
     def same(self) -> bool:
         """Whether nothing has changed that the engine would not see by itself."""
@@ -118,11 +116,7 @@ class Watch:
         if [state[name] for state, name in self.settings] != self.values:
             return False
         now = [held.get(name) for held, name in self.homes]
-        if not all(map(is_, now, self.tensors)):
-            return False
-        if list(map(torch.Tensor.data_ptr, self.filled)) != self.addresses:
-            return False
-        return not self.copied or (list(map(_version, self.filled)) == self.versions and self.samples.same())
+        return all(map(is_, now, self.tensors)) and self.untouched()
 
 
 def refusal(

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from fastbert.embedder import Embedder
 from fastbert.models.encoder import Encoded
 from fastbert.packing import PackedBatch
+from fastbert.sentence_folder import finished
 from fastbert.serve.kinds import Splade
 
 Tensor = torch.Tensor
@@ -34,24 +34,24 @@ def tokens(encoded: Encoded, rows: Sequence[int], prompt_lengths: Sequence[int])
 
 
 def vectors(embedder: Embedder, unit: bool) -> Readout:
-    """Pooled vectors, (D) each: pooling, modules and `truncate_dim` as the embedder has them; scaled if `unit`.
-
-    A row's length is summed in the same order whatever rows are beside it: the bits are those of `Embedder.encode`.
-    """
+    """Vectors, (D) each, as the embedder makes them of pooled states; of length 1 if `unit`."""
 
     def read(encoded: Encoded, rows: Sequence[int], prompt_lengths: Sequence[int]) -> list[np.ndarray]:
-        pooling, modules = embedder.pooling, embedder.modules
-        skips = [0 if pooling.include_prompt else prompt_lengths[row] for row in rows]
+        skips = [0 if embedder.pooling.include_prompt else prompt_lengths[row] for row in rows]
         found: dict[int, np.ndarray] = {}
         for skip in sorted(set(skips)):
             here = [row for row, length in zip(rows, skips, strict=True) if length == skip]
-            pooled_SD = pooling(encoded.hidden_TD, encoded.batch.cu_seqlens, skip)
-            vectors_SD = modules((pooled_SD if len(here) == len(pooled_SD) else pooled_SD[here]).float())
-            vectors_SD = vectors_SD[:, : embedder.truncate_dim].cpu().contiguous()
-            found.update(zip(here, (F.normalize(vectors_SD) if unit else vectors_SD).numpy(), strict=True))
+            pooled_SD = embedder.pooling(encoded.hidden_TD, encoded.batch.cu_seqlens, skip)
+            found.update(zip(here, vectors_of(embedder, pooled_SD, here, unit), strict=True))
         return [found[row] for row in rows]
 
     return read
+
+
+def vectors_of(embedder: Embedder, pooled_SD: Tensor, rows: Sequence[int], unit: bool) -> np.ndarray:
+    """(len(rows), D): vectors of some rows of what was pooled."""
+    chosen_SD = pooled_SD if len(rows) == len(pooled_SD) else pooled_SD[rows]
+    return finished(embedder.modules, chosen_SD, embedder.truncate_dim, unit).cpu().numpy()
 
 
 def sequence_logits(model: Any) -> Readout:

@@ -78,6 +78,8 @@ async def _vectors(
         raise Invalid(
             "Input validation error: `dimensions` should be smaller than the maximum embedding dimension.", "dimensions"
         )
+    if dimensions == width:
+        dimensions = None
     ready = normalized and dimensions is None  # for a whole batch at once
     rows = await compute(
         call, model, inputs, "unit" if ready else "vectors", batch=batch,

@@ -222,12 +222,18 @@ class Served:
             torch.set_num_threads(self.num_threads)  # OpenMP keeps the number by thread
         if self.device.type != "cpu":
             batch = batch.to(self.device, non_blocking=True)
-        encoded = self.base.encode_packed(batch)
         lengths = [0] * len(outputs) if prompt_lengths is None else prompt_lengths
+        places = {output: [i for i, wanted in enumerate(outputs) if wanted == output] for output in set(outputs)}
         found: dict[int, np.ndarray] = {}
-        for output in dict.fromkeys(outputs):
-            rows = [i for i, wanted in enumerate(outputs) if wanted == output]
-            found.update(zip(rows, self._readouts[output](encoded, rows, lengths), strict=True))
+        if self.embedder is not None and places.keys() <= {"vectors", "unit"} and len(set(lengths)) == 1:
+            pooled_SD, _ = self.embedder.pooled(batch, lengths[0])  # nobody reads hidden states
+            for output, rows in places.items():
+                vectors = readouts.vectors_of(self.embedder, pooled_SD, rows, output == "unit")
+                found.update(zip(rows, vectors, strict=True))
+        else:
+            encoded = self.base.encode_packed(batch)
+            for output, rows in places.items():
+                found.update(zip(rows, self._readouts[output](encoded, rows, lengths), strict=True))
         return [found[row] for row in range(len(outputs))]
 
     @property
