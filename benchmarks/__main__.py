@@ -28,7 +28,7 @@ SUITES = {
 DEFAULT = ("ops", "encoder")
 # A whole report in minutes: what a suite is told beside the user's own options.
 TOLD = {
-    "ops": ["--dtype", "float32,bfloat16", "--rounds", "20"],
+    "ops": ["--dtype", "float32,bfloat16", "--seconds", "70"],
     "encoder": ["--texts", "96", "--seconds", "250"],
     "training": ["--only", "rotten-tomatoes", "--quick"],
     "server": ["--seconds", "4"],

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +70,9 @@ def roomy(folder: Path, length: int, stack: ExitStack) -> Path:
 def text_of(length: int, encode: Callable[[list[str]], list[list[int]]]) -> str:
     """English of exactly so many tokens: whole words, then a word of one token as often as need be."""
     words = real_texts((length, length), 1, seed=length)[0].split()
+    around = len(encode([""])[0])
+    sizes = accumulate((len(ids) - around for ids in encode(words)), initial=around)
+    words = words[: sum(size <= length for size in sizes) - 1]  # never longer than the tokenizer's own limit
     while len(encode([" ".join(words)])[0]) > length:
         words.pop()
     return " ".join(words + ["the"] * (length - len(encode([" ".join(words)])[0])))
@@ -93,7 +96,8 @@ class Case:
 
     def cell(self, providers: Sequence[Provider]) -> Cell:
         """What takes turns; a list is many texts a sample, and long, so it needs fewer."""
-        return Cell(self.texts, [p for p in providers if p.name in self.cosines], 1 if self.mode == "batch1" else 3)
+        able = [provider for provider in providers if provider.name in self.cosines]
+        return Cell(self.texts, able, warm=self.texts[:1], every=1 if self.mode == "batch1" else 3)
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ class Bench:
         cosines = {}
         for provider in self.providers:
             try:
-                cosines[provider.name] = worst_cosine(provider.encode(texts), exact)
+                cosines[provider.name] = worst_cosine(provider.call(texts), exact)
             except Failed as failed:
                 print(f"{what}: {provider.name}: no row: {failed}")
         kept = {name: cosine for name, cosine in cosines.items() if cosine >= GATE or "int8" in name}

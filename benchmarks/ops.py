@@ -1,17 +1,21 @@
-"""`python -m benchmarks.ops`: every op on its BERT-sized cases, each backend against the reference, interleaved."""
+"""`python -m benchmarks.ops`: every op on its BERT-sized cases, each backend against the reference, in turns."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from functools import partial
+from contextlib import ExitStack
+from itertools import chain
 from typing import Any
 
 import torch
 
 from benchmarks import harness
+from benchmarks.turns import Cell, Provider, take_turns
 from fastbert import ops, testing
 from fastbert.ops import dispatch
+
+WARM_MS, LEAST_MS = 4.0, 8.0  # of calls before the clock and of a sample: more rounds do more than longer samples
 
 
 def traffic(case: testing.Case, inputs: dict[str, Any], output: torch.Tensor) -> tuple[int, int]:
@@ -43,46 +47,72 @@ def training(function: Callable[..., torch.Tensor], backend: str, inputs: dict[s
             value.grad = None
 
 
-Turns = dict[str, dict[str, Callable[[], object]]]  # mode -> backend -> one call
+What = tuple[str, str, str]  # the name of a case, dtype, mode
+# What runs, and how many times a forward pass's bytes and FLOP it moves and does.
+MODES = {"forward": (forward, 1.0), "training": (training, 3.0)}
 
 
-def turns(case: testing.Case, dtype: torch.dtype, device: str) -> tuple[Turns, int, int]:
-    """Each backend that has the case, and the reference, forward and with backward; bytes and FLOP of a forward."""
+def caller(backend: str, device: str, whats: Sequence[What]) -> Callable[[What], None]:
+    """The function that runs one of `whats` by a backend, in the process that calls this, on inputs that stay there."""
+    cases = {str(case): case for case in (*testing.CASES, *testing.BENCHMARK_CASES)}
+    inputs = {(n, d): cases[n].inputs(getattr(torch, d), device) for n, d in dict.fromkeys(w[:2] for w in whats)}
+
+    def call(what: What) -> None:
+        name, dtype, mode = what
+        MODES[mode][0](testing.PUBLIC[cases[name].op], backend, inputs[name, dtype])
+        if device != "cpu":
+            torch.cuda.synchronize()
+
+    return call
+
+
+def checked(case: testing.Case, dtype: torch.dtype, device: str) -> tuple[list[str], int, int]:
+    """Backends that have a case, its reference last, all of them right; bytes and FLOP of a forward pass."""
     backends = [b for b in (*dispatch.BACKENDS, dispatch.REFERENCE) if dispatch.has(b, case.op, device, dtype)]
     for backend in backends:
         with ops.use_backend(backend):
             testing.check_case(case, dtype, device)  # a red check prints no number
-    function, inputs = testing.PUBLIC[case.op], case.inputs(dtype, device)
-    modes = {"forward": forward, "training": training}
-    calls: Turns = {mode: {b: partial(run, function, b, inputs) for b in backends} for mode, run in modes.items()}
-    return calls, *traffic(case, inputs, forward(function, backends[-1], inputs))
+    inputs = case.inputs(dtype, device)
+    return backends, *traffic(case, inputs, forward(testing.PUBLIC[case.op], backends[-1], inputs))
 
 
 def bench(
-    cases: Sequence[testing.Case], dtype: torch.dtype, device: str, roofs: harness.Roofs, rounds: int
+    cases: Sequence[testing.Case],
+    roofs: dict[torch.dtype, harness.Roofs],
+    device: str,
+    seconds: float,
+    parts: int = harness.PARTS,
 ) -> list[harness.Row]:
-    """Rows of all cases, which are gone through `harness.PARTS` times: a slow minute does not hit one alone."""
-    prepared = [(case, *turns(case, dtype, device)) for case in cases]
-    times: list[dict[str, dict[str, list[float]]]] = [
-        {mode: {b: [] for b in calls} for mode, calls in of_case.items()} for _, of_case, _, _ in prepared
-    ]
-    for _ in range(harness.PARTS):
-        for (_, of_case, _, _), found in zip(prepared, times, strict=True):
-            for mode, calls in of_case.items():
-                for backend, ms in harness.interleave(calls, -(-rounds // harness.PARTS), least_ms=5.0).items():
-                    found[mode][backend] += ms
+    """Rows of all cases in the dtypes whose roofs are given. Each backend has a process of its own, as encoders do."""
+    known = {(case, dtype): checked(case, dtype, device) for dtype in roofs for case in cases}
+    able: dict[What, list[str]] = {
+        (str(case), str(dtype)[6:], mode): backends
+        for (case, dtype), (backends, _, _) in known.items()
+        for mode in MODES
+    }
+    with ExitStack() as stack:
+        providers = {}
+        for b in dict.fromkeys(chain.from_iterable(able.values())):
+            whats = [what for what, backends in able.items() if b in backends]
+            providers[b] = stack.enter_context(Provider(b, caller, b, device, whats))
+        cells = [
+            Cell(what, [providers[b] for b in backends], warm=what, warm_ms=WARM_MS, least_ms=LEAST_MS)
+            for what, backends in able.items()
+        ]
+        found = dict(zip(able, take_turns(cells, seconds, parts), strict=True))
     rows = []
-    for (case, _, nbytes, flop), found in zip(prepared, times, strict=True):
-        for mode, factor in (("forward", 1.0), ("training", 3.0)):
-            at = roofs.beside_cache(nbytes, device)
-            for backend, ms in found[mode].items():
+    for (case, dtype), (_, nbytes, flop) in known.items():
+        at = roofs[dtype].beside_cache(nbytes, device)
+        for mode, (_, factor) in MODES.items():
+            times = found[str(case), str(dtype)[6:], mode]
+            for backend, ms in times.items():
                 p50, p20, p80 = harness.percentiles(ms)
                 rows.append(
                     harness.Row(
                         case.op, case.name, backend, mode, str(dtype)[6:], *(round(v, 5) for v in (p50, p20, p80)),
                         round(factor * nbytes / p50 / 1e6, 2), round(factor * flop / p50 / 1e9, 4),
                         round(100 * at.bound_ms(factor * nbytes, factor * flop) / p50, 1),
-                        round(harness.fast_tenth(ms), 5), *harness.times_base(found[mode][dispatch.REFERENCE], ms),
+                        round(harness.fast_tenth(ms), 5), *harness.times_base(times[dispatch.REFERENCE], ms),
                         **at.columns(), version=f"torch {torch.__version__}", samples=harness.joined(ms),
                         device=harness.device_name(device),
                     )
@@ -94,19 +124,17 @@ def main() -> None:
     """Measure, print a table, write the rows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dtype", default="float32", help="one or more, separated by commas")
-    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--seconds", type=float, default=80, help="of turns, all together")
     parser.add_argument("--only", help="ops, separated by commas")
-    parser.add_argument("--quick", action="store_true", help="two rounds, to see that all works; writes no rows")
+    parser.add_argument("--quick", action="store_true", help="a few calls, to see that all works; writes no rows")
     args = parser.parse_args()
-    rounds = 3 if args.quick else args.rounds
+    seconds, parts = (0.0, 1) if args.quick else (args.seconds, harness.PARTS)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     only = args.only.split(",") if args.only else None
-    rows = []
-    for dtype in (getattr(torch, name) for name in args.dtype.split(",")):
-        roofs = harness.measure_roofs(dtype, device)
-        rows += bench(
-            [c for c in testing.BENCHMARK_CASES if only is None or c.op in only], dtype, device, roofs, rounds
-        )
+    cases = [case for case in testing.BENCHMARK_CASES if only is None or case.op in only]
+    dtypes = [getattr(torch, name) for name in args.dtype.split(",")]
+    roofs = {dtype: harness.measure_roofs(dtype, device) for dtype in dtypes}
+    rows = bench(cases, roofs, device, seconds, parts)
     columns = ("op", "case", "dtype", "mode", "backend", "ms p50", "roof", "x ref")
     table = harness.table(columns, f"{harness.device_name(device)}, {torch.get_num_threads()} threads", num_text=5)
     for r in rows:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from benchmarks import peers
-from benchmarks.turns import Encode
 from fastbert import Embedder
 
 OWN = {"fastbert": "float32", "fastbert-bf16": "bfloat16", "fastbert-int8": "int8"}
@@ -43,7 +44,7 @@ def reason_against(name: str) -> str | None:
     return peers.NO_BFLOAT16 if LIBRARIES[name] == torch.bfloat16 and not peers.has_bfloat16() else None
 
 
-def make(name: str, folder: Path, scratch: Path) -> Encode:
+def make(name: str, folder: Path, scratch: Path) -> Callable[[list[str]], np.ndarray]:
     """What turns texts into unit vectors, by one provider.
 
     Args:

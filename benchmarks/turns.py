@@ -20,11 +20,7 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
-import numpy as np
-
-Encode = Callable[[list[str]], np.ndarray]
-WARM_MS = 10.0  # of calls before the clock starts: threads awake, weights in the caches
-LEAST_MS = 40.0  # of calls that make one sample, their median: neither the clock nor one interruption decides
+Call = Callable[[Any], Any]
 PR_SET_PDEATHSIG = 1
 LEAVE_S = 10.0  # for a provider to end by itself
 
@@ -34,13 +30,13 @@ class Failed(RuntimeError):
 
 
 class Provider:
-    """One provider in its process: `make(*arguments)` there gives what turns texts into vectors.
+    """One provider in its process: `make(*arguments)` there gives the function that it is called for.
 
     Raises:
         Failed: it does not load.
     """
 
-    def __init__(self, name: str, make: Callable[..., Encode], *arguments: Any) -> None:
+    def __init__(self, name: str, make: Callable[..., Call], *arguments: Any) -> None:
         methods = multiprocessing.get_all_start_methods()
         context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
         if "forkserver" in methods:  # imported once, before any thread runs; and the server itself follows us
@@ -49,7 +45,7 @@ class Provider:
         self._start = partial(self._started, context, make, arguments)
         self._start()
 
-    def _started(self, context: Any, make: Callable[..., Encode], arguments: tuple[Any, ...]) -> None:
+    def _started(self, context: Any, make: Callable[..., Call], arguments: tuple[Any, ...]) -> None:
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, make, arguments), daemon=True, name=self.name)
         self.process.start()
@@ -61,13 +57,13 @@ class Provider:
             raise
         self._send_signal("SIGSTOP")
 
-    def encode(self, texts: list[str]) -> np.ndarray:
-        """(N, D) vectors of N texts."""
-        return self._turn(texts, 0.0)
+    def call(self, given: Any) -> Any:
+        """What its function returns."""
+        return self._turn(given)
 
-    def time(self, texts: list[str], least_ms: float = LEAST_MS) -> float:
-        """Milliseconds of a call that encodes all texts: the median of as many calls as fill `least_ms`."""
-        return self._turn(texts, least_ms)
+    def time(self, cell: Cell) -> float:
+        """Milliseconds of a call: the median of as many as fill the cell's `least_ms`, after those that warm up."""
+        return self._turn(cell.given, (cell.warm, cell.warm_ms, cell.least_ms))
 
     def restart(self) -> None:
         """A new process: where its memory lies is drawn anew. One of ours was a fifth slower on short texts.
@@ -92,9 +88,9 @@ class Provider:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _turn(self, texts: list[str], least_ms: float) -> Any:
+    def _turn(self, given: Any, timing: tuple[Any, float, float] | None = None) -> Any:
         self._send_signal("SIGCONT")
-        self.connection.send((texts, least_ms))
+        self.connection.send((given, timing))
         answer = self._answer()
         self._send_signal("SIGSTOP")
         return answer
@@ -120,7 +116,7 @@ def follow_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _serve(connection: Connection, make: Callable[..., Encode], arguments: tuple[Any, ...]) -> None:
+def _serve(connection: Connection, make: Callable[..., Call], arguments: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
     follow_parent()
     for stream in (1, 2):  # progress bars and advice of libraries; what goes wrong is an answer
@@ -134,49 +130,56 @@ def _serve(connection: Connection, make: Callable[..., Encode], arguments: tuple
         connection.send(result if not callable(result) else None)
         return result
 
-    encode = answer(lambda: make(*arguments))
-    while not isinstance(encode, Failed):
+    call = answer(lambda: make(*arguments))
+    while not isinstance(call, Failed):
         try:
-            texts, least_ms = connection.recv()
+            given, timing = connection.recv()
         except EOFError:
             return  # the parent is gone
-        answer(partial(_timed, encode, texts, least_ms) if least_ms else partial(encode, texts))
+        answer(partial(_timed, call, given, *timing) if timing else partial(call, given))
 
 
-def _timed(encode: Encode, texts: list[str], least_ms: float) -> float:
-    _calls(encode, texts[:1], WARM_MS)
-    return statistics.median(_calls(encode, texts, least_ms))
+def _timed(call: Call, given: Any, warm: Any, warm_ms: float, least_ms: float) -> float:
+    _calls(call, warm, warm_ms)
+    return statistics.median(_calls(call, given, least_ms))
 
 
-def _calls(encode: Encode, texts: list[str], least_ms: float) -> list[float]:
+def _calls(call: Call, given: Any, least_ms: float) -> list[float]:
     times: list[float] = []
     while sum(times) < least_ms:
         start = time.perf_counter()
-        encode(texts)
+        call(given)
         times.append(1e3 * (time.perf_counter() - start))
     return times
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Texts with which providers take turns.
+    """What providers are timed on in turns.
 
     Attributes:
-        texts: of one call.
+        given: to each call.
         providers: those that may.
+        warm: given to the calls before the clock starts.
         every: in which rounds: each, every second, ...
+        warm_ms: of calls before the clock starts: threads awake, weights in the caches.
+        least_ms: of calls that make one sample, their median: neither the clock nor one interruption decides.
     """
 
-    texts: list[str]
+    given: Any
     providers: Sequence[Provider]
+    warm: Any
     every: int = 1
+    warm_ms: float = 10.0
+    least_ms: float = 40.0
 
 
 def take_turns(cells: Sequence[Cell], seconds: float, parts: int = 1) -> list[dict[str, list[float]]]:
     """Milliseconds a call of each cell's providers, one sample a round.
 
     A round goes through all cells: a machine has slow minutes, which take some rounds of each cell instead of all
-    rounds of one. Whom one follows is drawn anew in each.
+    rounds of one. (Ours has states of seconds in which what calls much code takes up to twice as long, and a loop no
+    longer.) Whom one follows is drawn anew in each.
 
     Args:
         seconds: for all together, starts left out; beyond them only for two samples a part.
@@ -193,7 +196,7 @@ def take_turns(cells: Sequence[Cell], seconds: float, parts: int = 1) -> list[di
         for cell, found in zip(cells, times, strict=True):
             if number % cell.every == 0:
                 for provider in rng.sample(cell.providers, len(cell.providers)):
-                    found[provider.name].append(provider.time(cell.texts))
+                    found[provider.name].append(provider.time(cell))
 
     start, rounds = time.perf_counter(), 0
     while rounds <= max(cell.every for cell in cells) or time.perf_counter() - start < seconds / parts:
@@ -204,7 +207,7 @@ def take_turns(cells: Sequence[Cell], seconds: float, parts: int = 1) -> list[di
             provider.restart()
         for cell in cells:
             for provider in cell.providers:
-                provider.encode(cell.texts)  # what compiles does so now
+                provider.call(cell.given)  # what compiles does so now
         for number in range(rounds):
             a_round(number)
     return times

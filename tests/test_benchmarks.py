@@ -31,7 +31,7 @@ ROOFS = harness.Roofs(bytes_s=1e10, flop_s=1e11)
 
 def test_rows_of_a_right_op(tmp_path, monkeypatch):
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
-    rows = ops.bench([CASE], torch.float32, "cpu", ROOFS, rounds=6)
+    rows = ops.bench([CASE], {torch.float32: ROOFS}, "cpu", seconds=0.0)
     assert {row.mode for row in rows} == {"forward", "training"}
     assert "reference" in {row.backend for row in rows}
     for row in rows:
@@ -54,7 +54,7 @@ def test_rows_of_a_right_op(tmp_path, monkeypatch):
 def test_a_wrong_op_prints_no_number(monkeypatch):
     monkeypatch.setitem(testing.PUBLIC, "gelu", lambda x, bias, approximate: x + bias)
     with pytest.raises(AssertionError, match="budget"):
-        ops.bench([CASE], torch.float32, "cpu", ROOFS, rounds=1)
+        ops.bench([CASE], {torch.float32: ROOFS}, "cpu", seconds=0.0)
 
 
 def test_traffic_is_counted():
@@ -195,16 +195,16 @@ def test_who_has_no_turn_is_stopped():
     with turns.Provider("quick", slow_lengths, 1.0) as quick, turns.Provider("slow", slow_lengths, 20.0) as slow:
         pids = [quick.process.pid, slow.process.pid]
         assert wait_for(lambda: [state(pid) for pid in pids] == ["T", "T"])
-        assert quick.encode(["abc", "d"]).tolist() == [[3], [1]]
+        assert quick.call(["abc", "d"]).tolist() == [[3], [1]]
         assert wait_for(lambda: state(pids[0]) == "T")
-        cells = [turns.Cell(["abc"], [quick, slow]), turns.Cell(["d", "e"], [quick], every=3)]
+        cells = [turns.Cell(["abc"], [quick, slow], ["a"]), turns.Cell(["d", "e"], [quick], ["d"], every=3)]
         every, third = turns.take_turns(cells, seconds=0.0)
         assert [len(ms) for ms in every.values()] == [4, 4]
         assert [len(ms) for ms in third.values()] == [2]
         assert min(every["slow"]) >= 20 > min(every["quick"]) >= 1
         with pytest.raises(turns.Failed, match="KeyError: 'fail'"):
-            quick.encode(["fail"])
-        assert quick.encode(["ab"]).tolist() == [[2]], "one failure is not the end"
+            quick.call(["fail"])
+        assert quick.call(["ab"]).tolist() == [[2]], "one failure is not the end"
         times = turns.take_turns(cells[:1], seconds=0.0, parts=2)
         assert [len(ms) for ms in times[0].values()] == [4, 4]
         assert [state(pid) for pid in pids] == ["", ""], "each part has processes of its own"
