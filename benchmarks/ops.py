@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from itertools import chain
@@ -52,8 +54,16 @@ What = tuple[str, str, str]  # the name of a case, dtype, mode
 MODES = {"forward": (forward, 1.0), "training": (training, 3.0)}
 
 
+def keep_memory() -> None:
+    """Have glibc keep what is freed: else some processes fault up to 2,000 pages in anew in each call, others none."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        for parameter, nbytes in ((-3, 32 << 20), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, its maximum; M_TRIM_THRESHOLD
+            libc.mallopt(parameter, nbytes)
+
+
 def caller(backend: str, device: str, whats: Sequence[What]) -> Callable[[What], None]:
     """The function that runs one of `whats` by a backend, in the process that calls this, on inputs that stay there."""
+    keep_memory()
     cases = {str(case): case for case in (*testing.CASES, *testing.BENCHMARK_CASES)}
     inputs = {(n, d): cases[n].inputs(getattr(torch, d), device) for n, d in dict.fromkeys(w[:2] for w in whats)}
 
