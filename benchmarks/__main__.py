@@ -28,8 +28,8 @@ SUITES = {
 DEFAULT = ("ops", "encoder")
 # A whole report in minutes: what a suite is told beside the user's own options.
 TOLD = {
-    "ops": ["--dtype", "float32,bfloat16", "--seconds", "70"],
-    "encoder": ["--texts", "96", "--seconds", "250"],
+    "ops": ["--dtype", "float32,bfloat16", "--seconds", "60"],
+    "encoder": ["--texts", "96", "--seconds", "220"],
     "training": ["--only", "rotten-tomatoes", "--quick"],
     "server": ["--seconds", "4"],
 }
