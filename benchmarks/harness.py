@@ -25,7 +25,7 @@ import fastbert
 from fastbert import native
 
 COMMITTED = Path(__file__).parent / "results"
-PARTS = 3  # of a run; between them providers' processes start anew
+PARTS = 2  # of a run; between them providers' processes start anew
 AGREE = 1.1  # what two runs of the same code should agree within
 # `python -m benchmarks --out` sends the rows of its suites elsewhere.
 RESULTS = Path(os.environ.get("FASTBERT_BENCH_OUT", COMMITTED))

@@ -28,7 +28,7 @@ METHOD = (
     "others have their turn: no library's waiting threads take another's cores. Twice in a run all processes start "
     "anew, since where memory lies is drawn once a process.",
     "Times are medians. Ratios are of the fast tenth of the rounds of both: what else the machine does only ever adds "
-    "time, to some more than to others. A ratio that differs by more than 10 % between the three parts of the run is "
+    "time, to some more than to others. A ratio that differs by more than 10 % between the parts of the run is "
     "marked ~.",
     "Correctness comes first: vectors are held against the model in fp64, and below a cosine of 0.9995 there is no "
     "row. int8 changes vectors more than that in every library: its rows carry their worst cosine instead.",
