@@ -29,7 +29,7 @@ DEFAULT = ("ops", "encoder")
 # A whole report in minutes: what a suite is told beside the user's own options.
 TOLD = {
     "ops": ["--dtype", "float32,bfloat16", "--seconds", "50"],
-    "encoder": ["--texts", "96", "--seconds", "160"],
+    "encoder": ["--texts", "96", "--seconds", "260"],
     "training": ["--only", "rotten-tomatoes", "--quick"],
     "server": ["--seconds", "4"],
 }
