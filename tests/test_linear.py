@@ -250,3 +250,19 @@ def test_epilogues_are_those_that_were_measured():
 
         assert set(configs.EPILOGUES) == {90}
         assert set(configs.EPILOGUES[90]) == {"linear", "linear_gelu"}
+
+
+@pytest.mark.skipif(not kernels.available(), reason="Triton is not installed")
+def test_where_the_linear_kernels_are_used(monkeypatch):
+    """For 16 bits and so many rows as they were measured with: fp32 has small tiles of multiply-adds."""
+    from fastbert.kernels import configs
+
+    monkeypatch.setattr(configs, "architecture", lambda: 90)
+    monkeypatch.setattr(kernels, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    assert kernels.supports("linear_gelu", "cuda", torch.bfloat16)
+    assert not kernels.supports("linear_gelu", "cuda", torch.float32)
+    assert not kernels.supports("norm_linear", "cuda", torch.bfloat16)
+    assert [kernels.pays("linear_gelu", T) for T in (1, 1024, 2048, 4096)] == [True, True, False, True]
+    assert [kernels.pays("linear", T) for T in (128, 8192, 16384)] == [False, False, True]

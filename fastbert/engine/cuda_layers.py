@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import nn
@@ -53,13 +53,19 @@ def _context(layer: Layer, qkv: torch.Tensor, batch: PackedBatch, rel_bias: torc
     return attention(qkv, batch.cu_seqlens, batch.max_seqlen, rel_bias=rel_bias).flatten(1)
 
 
+def _fuses(module: nn.Module, op: str, x: torch.Tensor) -> TypeGuard[nn.Linear]:
+    """Whether a kernel of ours computes this layer, with what follows it, faster."""
+    plain = type(module) is nn.Linear and module.bias is not None and module.weight.dtype == x.dtype
+    return plain and fused(op, x, len(x)) is not None
+
+
 def _linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return linear(x, module.weight, module.bias) if type(module) is nn.Linear else module(x)
+    return linear(x, module.weight, module.bias) if _fuses(module, "linear", x) else module(x)
 
 
 def _add_norm(module: nn.Module, x: torch.Tensor, residual: torch.Tensor, norm: AddLayerNorm) -> torch.Tensor:
     """LN(module(x) + residual)."""
-    if type(module) is nn.Linear and fused("linear_add", x, len(x)) is not None:
+    if _fuses(module, "linear_add", x):
         return norm(linear_add(x, module.weight, module.bias, residual))
     return norm(_linear(module, x), residual)
 
@@ -67,7 +73,7 @@ def _add_norm(module: nn.Module, x: torch.Tensor, residual: torch.Tensor, norm: 
 def _inner(feed_forward: FeedForward, x: torch.Tensor) -> torch.Tensor:
     """act(intermediate(x))."""
     module, form = feed_forward.intermediate, _FORMS.get(feed_forward.act)
-    if form is not None and type(module) is nn.Linear and fused("linear_gelu", x, len(x)) is not None:
+    if form is not None and _fuses(module, "linear_gelu", x):
         return linear_gelu(x, module.weight, module.bias, form)
     return feed_forward.act(_linear(module, x))
 

@@ -59,7 +59,7 @@ def supports(op: str, device_type: str, dtype: torch.dtype) -> bool:
     if op == "float8_linear":
         return torch.cuda.get_device_capability() >= _OLDEST_FLOAT8
     configs = importlib.import_module(f"{__name__}.configs")
-    return op in configs.EPILOGUES.get(configs.architecture(), ())
+    return dtype.itemsize == 2 and op in configs.EPILOGUES.get(configs.architecture(), ())  # fp32 has small tiles
 
 
 def pays(op: str, num_rows: int) -> bool:
