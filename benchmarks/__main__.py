@@ -1,4 +1,4 @@
-"""`fastbert bench`, or `python -m benchmarks` in a checkout: suites, each in a process of its own, then the report.
+"""`fastbert bench`, or `python -m benchmarks` in a checkout: suites in processes of their own, then the report.
 
 A suite is a module with a `main`; rows go to one folder, figures and the page are made of the rows there.
 """
@@ -25,7 +25,7 @@ SUITES = {
     "training": "fine-tuning beside transformers' Trainer, on labelled texts",
     "server": "HTTP under load beside the other servers that are installed",
 }
-DEFAULT = ("ops", "encoder")
+DEFAULT = TOGETHER = ("ops", "encoder")  # they take turns round by round: each sees all of the machine's minutes
 # A whole report in minutes: what a suite is told beside the user's own options.
 TOLD = {
     "ops": ["--dtype", "float32,bfloat16", "--seconds", "50"],
@@ -64,13 +64,16 @@ def bench(
     out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # by way of `finally`
     began, failed = time.perf_counter(), []
-    for name in chosen:
-        options = TOLD[name] + (["--quick"] if quick and "--quick" not in TOLD[name] else [])
-        options += ["--model", model] if model is not None and name != "ops" else []
-        options += ["--against", against] if against is not None and name == "encoder" else []
-        print(f"{name}: {SUITES[name]}", flush=True)
-        if run(name, options, out, threads):
-            failed.append(name)
+    together = [name for name in TOGETHER if name in chosen]
+    for names in [together] * bool(together) + [[name] for name in chosen if name not in TOGETHER]:
+        options: dict[str, list[str]] = {}
+        for name in names:
+            options[name] = TOLD[name] + (["--quick"] if quick and "--quick" not in TOLD[name] else [])
+            options[name] += ["--model", model] if model is not None and name != "ops" else []
+            options[name] += ["--against", against] if against is not None and name == "encoder" else []
+            print(f"{name}: {SUITES[name]}", flush=True)
+        if run(options, out, threads):
+            failed += names
     if report(out):
         print(f"{out / 'index.html'}: the report, after {(time.perf_counter() - began) / 60:.1f} minutes")
     if failed:
@@ -78,8 +81,12 @@ def bench(
         raise typer.Exit(1)
 
 
-def run(suite: str, options: list[str], out: Path, threads: int | None) -> int:
-    """One suite in a process of its own, apart from the libraries that others load; its exit code."""
+def run(options: dict[str, list[str]], out: Path, threads: int | None) -> int:
+    """Suites in a process apart from the libraries that others load; its exit code.
+
+    Args:
+        options: of each suite; those of several that take turns.
+    """
     environment = {
         **os.environ,
         "FASTBERT_BENCH_OUT": str(out.resolve()),
@@ -89,9 +96,11 @@ def run(suite: str, options: list[str], out: Path, threads: int | None) -> int:
     }
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
-    log = out / f"{suite}.log"
+    words = [word for name, told in options.items() for word in ("--", name, *told)][1:]
+    module, *words = ["together", *words] if words[0] in TOGETHER else words
+    log = out / f"{'-'.join(options)}.log"
     with log.open("w", encoding="utf-8") as file:
-        command = [sys.executable, "-m", f"benchmarks.{suite}", *options]
+        command = [sys.executable, "-m", f"benchmarks.{module}", *words]
         process = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, text=True, encoding="utf-8", start_new_session=True
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -25,7 +26,7 @@ from benchmarks import harness
 from benchmarks.models import MADE, folder_of
 from benchmarks.providers import BASE, OWN, chosen, dtype_of, make, package_of, padding_percent, reason_against
 from benchmarks.texts import WORDS, real_texts
-from benchmarks.turns import Cell, Failed, Provider, take_turns
+from benchmarks.turns import Cell, Failed, Provider, Suite, Times, measure
 from fastbert import Embedder
 from fastbert.hub import DEFAULT_MODEL
 from fastbert.sentence_folder import read_folder
@@ -37,14 +38,16 @@ LENGTHS = (16, 32, 64, 128, 256, 512)  # tokens of a lone text
 def started(names: Sequence[str], folder: Path, scratch: Path, stack: ExitStack) -> list[Provider]:
     """A process of each provider that can run here; the others are named with the reason, and what to do."""
     found = []
-    for name in names:
-        if (reason := reason_against(name)) is not None:
-            print(f"{name}: {reason}")
-            continue
-        try:
-            found.append(stack.enter_context(Provider(name, make, name, folder, scratch)))
-        except Failed as failed:
-            print(f"{name}: no row: {failed}")
+    with harness.progress("starting providers") as progress:
+        for i, name in enumerate(names):
+            progress(i / len(names))
+            if (reason := reason_against(name)) is not None:
+                print(f"{name}: {reason}")
+                continue
+            try:
+                found.append(stack.enter_context(Provider(name, make, name, folder, scratch)))
+            except Failed as failed:
+                print(f"{name}: no row: {failed}")
     return found
 
 
@@ -95,9 +98,9 @@ class Case:
     cosines: dict[str, float]
 
     def cell(self, providers: Sequence[Provider]) -> Cell:
-        """What takes turns; a list is many texts a sample, and long, so it needs fewer."""
+        """What takes turns; a list is many texts a sample, and long, so it needs fewer. Ops beside it need more."""
         able = [provider for provider in providers if provider.name in self.cosines]
-        return Cell(self.texts, able, warm=self.texts[:1], every=1 if self.mode == "batch1" else 3)
+        return Cell(self.texts, able, warm=self.texts[:1], every=4 if self.mode == "batch1" else 12)
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,7 @@ class Bench:
             print(f"{what}: {name} fails the gate, worst cosine {cosines[name]:.6f}")
         return kept
 
-    def rows(self, case: Case, times: dict[str, list[float]]) -> list[harness.Row]:
+    def rows(self, case: Case, times: Times) -> list[harness.Row]:
         """Rows of one case, from the samples of each provider in ms."""
         ids = self.exact.tokenizer.encode(case.texts).ids
         tokens, squares = sum(map(len, ids)), sum(len(i) ** 2 for i in ids)
@@ -182,51 +185,48 @@ def tables(rows: list[harness.Row]) -> Group:
     return Group(*shown, legend)
 
 
-def main() -> None:
-    """Measure, print a table, write the rows."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def prepare(options: Sequence[str], stack: ExitStack) -> Suite:
+    """The suite of `options`: providers that run here, and texts that they encode right."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.encoder", description=__doc__)
     parser.add_argument("--model", default=DEFAULT_MODEL, help=f"folder, hub id or one of {', '.join(MADE)}")
     parser.add_argument("--seconds", type=float, default=600, help="of turns, all providers and texts together")
     parser.add_argument("--texts", type=int, default=256)
     parser.add_argument("--only", help="providers, separated by commas")
     parser.add_argument("--against", help="peers, separated by commas, beside ours and the base")
     parser.add_argument("--quick", action="store_true", help="a few texts once, to see that all works; writes no rows")
-    args = parser.parse_args()
+    args = parser.parse_args(options)
     lengths, parts = LENGTHS, harness.PARTS
     if args.quick:
         args.seconds, args.texts, lengths, parts = 0, 8, LENGTHS[::3], 1
-    with ExitStack() as stack:
-        folder = roomy(folder_of(args.model), max(lengths), stack)
-        own = "" if args.model == DEFAULT_MODEL else f"{Path(args.model).name} "  # begins the cases of another model
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fastbert-peers-")))
-        names = args.only.split(",") if args.only else chosen(args.against)
-        providers = started(names, folder, scratch, stack)
-        exact = Embedder.from_pretrained(folder, dtype="float32")
-        exact.model.double()
-        dtypes = dict.fromkeys(dtype_of(provider.name) for provider in providers)
-        roofs = {dtype: harness.measure_roofs(getattr(torch, dtype), "cpu") for dtype in dtypes}
-        bench = Bench(providers, exact, roofs)
-        cases = []
-        for mix, words in list(WORDS.items())[: 1 if args.quick else None]:
-            texts = real_texts(words, args.texts)
-            cosines = bench.gate(mix, texts)
-            typical = sorted(texts, key=len)[len(texts) // 2]
-            cases += [Case(own + mix, "throughput", texts, cosines), Case(own + mix, "batch1", [typical], cosines)]
-        room = exact.model.config.max_position_embeddings
-        for length in [n for n in lengths if n <= room]:
-            text = text_of(length, lambda texts: exact.tokenizer.encode(texts).ids)
-            cases.append(Case(f"{own}length", "batch1", [text], bench.gate(f"length {length}", [text])))
-        times = take_turns([case.cell(providers) for case in cases], args.seconds, parts)
-        rows = [row for case, found in zip(cases, times, strict=True) for row in bench.rows(case, found)]
-    device = harness.device_name("cpu")
-    print(f"{args.model}, {device}, {torch.get_num_threads()} threads\n")
-    harness.console().print(tables(rows))
-    if args.quick and harness.RESULTS == harness.COMMITTED:
-        print("quick: no rows are written, and these times mean nothing")
-        return
-    path = harness.write(rows, harness.file_of(f"{own.strip()}-encoder" if own else "encoder", "cpu"))
-    print(f"load {harness.load()}; {len(rows)} rows in {path.relative_to(harness.RESULTS.parent.parent)}")
+    folder = roomy(folder_of(args.model), max(lengths), stack)
+    own = "" if args.model == DEFAULT_MODEL else f"{Path(args.model).name} "  # begins the cases of another model
+    scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fastbert-peers-")))
+    names = args.only.split(",") if args.only else chosen(args.against)
+    providers = started(names, folder, scratch, stack)
+    exact = Embedder.from_pretrained(folder, dtype="float32")
+    exact.model.double()
+    dtypes = dict.fromkeys(dtype_of(provider.name) for provider in providers)
+    roofs = {dtype: harness.measure_roofs(getattr(torch, dtype), "cpu") for dtype in dtypes}
+    bench = Bench(providers, exact, roofs)
+    cases = []
+    for mix, words in list(WORDS.items())[: 1 if args.quick else None]:
+        texts = real_texts(words, args.texts)
+        cosines = bench.gate(mix, texts)
+        typical = sorted(texts, key=len)[len(texts) // 2]
+        cases += [Case(own + mix, "throughput", texts, cosines), Case(own + mix, "batch1", [typical], cosines)]
+    room = exact.model.config.max_position_embeddings
+    for length in [n for n in lengths if n <= room]:
+        text = text_of(length, lambda texts: exact.tokenizer.encode(texts).ids)
+        cases.append(Case(f"{own}length", "batch1", [text], bench.gate(f"length {length}", [text])))
+
+    def finish(found: list[Times]) -> None:
+        rows = [row for case, times in zip(cases, found, strict=True) for row in bench.rows(case, times)]
+        print(f"{args.model}, {harness.device_name('cpu')}, {torch.get_num_threads()} threads\n")
+        harness.console().print(tables(rows))
+        harness.keep(rows, harness.file_of(f"{own.strip()}-encoder" if own else "encoder", "cpu"), args.quick)
+
+    return Suite([case.cell(providers) for case in cases], args.seconds, parts, finish)
 
 
 if __name__ == "__main__":
-    main()
+    measure([(prepare, sys.argv[1:])])

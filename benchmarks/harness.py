@@ -11,7 +11,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import date
 from functools import cache, partial
@@ -248,6 +249,14 @@ def write(rows: Sequence[Any], name: str, key: tuple[str, ...] = ("op", "case", 
     return path
 
 
+def keep(rows: Sequence[Row], name: str, quick: bool) -> None:
+    """Write the rows and say where; those of a quick run never among the committed ones."""
+    if quick and RESULTS == COMMITTED:
+        print("quick: no rows are written, and these times mean nothing")
+    else:
+        print(f"load {load()}; {len(rows)} rows in {write(rows, name).relative_to(RESULTS.parent.parent)}")
+
+
 def file_of(suite: str, device: str) -> str:
     """The name of a suite's rows of a device."""
     return "".join(c if c.isalnum() else "-" for c in f"{suite}-{device_name(device)}".lower())
@@ -263,6 +272,24 @@ def console() -> Any:
     from rich.console import Console  # here, as a GPU machine may have torch alone
 
     return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140)
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[float], None]]:
+    """A bar on a terminal, drawn when the function that this gives is told what share is done: no thread of its own."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
+
+    columns = (BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    bar = Progress(what, *columns, console=console, transient=True, auto_refresh=False, disable=not console.is_terminal)
+    with bar:
+        task = bar.add_task(what, total=1.0)
+
+        def done(share: float) -> None:
+            bar.update(task, completed=share, refresh=True)
+
+        yield done
 
 
 def short(ms: float) -> str:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 import ctypes
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from itertools import chain
+from dataclasses import dataclass
+from itertools import chain, product
 from typing import Any
 
 import torch
 
 from benchmarks import harness
-from benchmarks.turns import Cell, Provider, take_turns
+from benchmarks.turns import Cell, Provider, Suite, Times, measure
 from fastbert import ops, testing
 from fastbert.ops import dispatch
 
@@ -86,35 +87,48 @@ def checked(case: testing.Case, dtype: torch.dtype, device: str) -> tuple[list[s
     return backends, *traffic(case, inputs, forward(testing.PUBLIC[case.op], backends[-1], inputs))
 
 
-def bench(
-    cases: Sequence[testing.Case],
-    roofs: dict[torch.dtype, harness.Roofs],
-    device: str,
-    seconds: float,
-    parts: int = harness.PARTS,
-) -> list[harness.Row]:
-    """Rows of all cases in the dtypes whose roofs are given. Each backend has a process of its own, as encoders do."""
-    known = {(case, dtype): checked(case, dtype, device) for dtype in roofs for case in cases}
-    able: dict[What, list[str]] = {
-        (str(case), str(dtype)[6:], mode): backends
-        for (case, dtype), (backends, _, _) in known.items()
-        for mode in MODES
-    }
-    with ExitStack() as stack:
+@dataclass(frozen=True)
+class Bench:
+    """All cases in the dtypes of a run.
+
+    Attributes:
+        known: what `checked` found, by case and dtype.
+        roofs: by dtype.
+        device: of all tensors.
+    """
+
+    known: dict[tuple[testing.Case, torch.dtype], tuple[list[str], int, int]]
+    roofs: dict[torch.dtype, harness.Roofs]
+    device: str
+
+    @classmethod
+    def of(cls, cases: Sequence[testing.Case], roofs: dict[torch.dtype, harness.Roofs], device: str) -> Bench:
+        """Of cases that are right in the dtypes whose roofs are given."""
+        known = {(case, dtype): checked(case, dtype, device) for dtype in roofs for case in cases}
+        return cls(known, roofs, device)
+
+    def cells(self, stack: ExitStack) -> list[Cell]:
+        """What takes turns. Each backend has a process of its own, as encoders do."""
+        able: dict[What, list[str]] = {
+            (str(case), str(dtype)[6:], mode): backends
+            for (case, dtype), (backends, _, _) in self.known.items()
+            for mode in MODES
+        }
         providers = {}
         for b in dict.fromkeys(chain.from_iterable(able.values())):
             whats = [what for what, backends in able.items() if b in backends]
-            providers[b] = stack.enter_context(Provider(b, caller, b, device, whats))
-        cells = [
+            providers[b] = stack.enter_context(Provider(b, caller, b, self.device, whats))
+        return [
             Cell(what, [providers[b] for b in backends], warm=what, warm_ms=WARM_MS, least_ms=LEAST_MS)
             for what, backends in able.items()
         ]
-        found = dict(zip(able, take_turns(cells, seconds, parts), strict=True))
-    rows = []
-    for (case, dtype), (_, nbytes, flop) in known.items():
-        at = roofs[dtype].beside_cache(nbytes, device)
-        for mode, (_, factor) in MODES.items():
-            times = found[str(case), str(dtype)[6:], mode]
+
+    def rows(self, found: Iterable[Times]) -> list[harness.Row]:
+        """Rows of the samples of all cells."""
+        rows = []
+        whats = product(self.known.items(), MODES.items())
+        for (((case, dtype), (_, nbytes, flop)), (mode, (_, factor))), times in zip(whats, found, strict=True):
+            at = self.roofs[dtype].beside_cache(nbytes, self.device)
             for backend, ms in times.items():
                 p50, p20, p80 = harness.percentiles(ms)
                 rows.append(
@@ -124,27 +138,14 @@ def bench(
                         round(100 * at.bound_ms(factor * nbytes, factor * flop) / p50, 1),
                         round(harness.fast_tenth(ms), 5), *harness.times_base(times[dispatch.REFERENCE], ms),
                         **at.columns(), version=f"torch {torch.__version__}", samples=harness.joined(ms),
-                        device=harness.device_name(device),
+                        device=harness.device_name(self.device),
                     )
                 )  # fmt: skip
-    return rows
+        return rows
 
 
-def main() -> None:
-    """Measure, print a table, write the rows."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dtype", default="float32", help="one or more, separated by commas")
-    parser.add_argument("--seconds", type=float, default=80, help="of turns, all together")
-    parser.add_argument("--only", help="ops, separated by commas")
-    parser.add_argument("--quick", action="store_true", help="a few calls, to see that all works; writes no rows")
-    args = parser.parse_args()
-    seconds, parts = (0.0, 1) if args.quick else (args.seconds, harness.PARTS)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    only = args.only.split(",") if args.only else None
-    cases = [case for case in testing.BENCHMARK_CASES if only is None or case.op in only]
-    dtypes = [getattr(torch, name) for name in args.dtype.split(",")]
-    roofs = {dtype: harness.measure_roofs(dtype, device) for dtype in dtypes}
-    rows = bench(cases, roofs, device, seconds, parts)
+def show(rows: Sequence[harness.Row], device: str) -> None:
+    """The table."""
     columns = ("op", "case", "dtype", "mode", "backend", "ms p50", "roof", "x ref")
     table = harness.table(columns, f"{harness.device_name(device)}, {torch.get_num_threads()} threads", num_text=5)
     for r in rows:
@@ -155,13 +156,31 @@ def main() -> None:
         )  # fmt: skip
     harness.console().print(table)
     peaks = ", ".join(f"{t:.2f} TFLOP/s in {d}" for d, t in {r.dtype: r.peak_tflop_s for r in rows}.items())
-    print(f"load {harness.load()}; roofs: copy {rows[0].copy_gb_s:.0f} GB/s, arithmetic {peaks}")
-    if args.quick and harness.RESULTS == harness.COMMITTED:
-        print("quick: no rows are written, and these times mean nothing")
-        return
-    path = harness.write(rows, harness.file_of("ops", device))
-    print(f"{len(rows)} rows in {path.relative_to(harness.RESULTS.parent.parent)}")
+    print(f"roofs: copy {rows[0].copy_gb_s:.0f} GB/s, arithmetic {peaks}")
+
+
+def prepare(options: Sequence[str], stack: ExitStack) -> Suite:
+    """The suite of `options`: right ops, and backends' processes."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ops", description=__doc__)
+    parser.add_argument("--dtype", default="float32", help="one or more, separated by commas")
+    parser.add_argument("--seconds", type=float, default=80, help="of turns, all together")
+    parser.add_argument("--only", help="ops, separated by commas")
+    parser.add_argument("--quick", action="store_true", help="a few calls, to see that all works; writes no rows")
+    args = parser.parse_args(options)
+    seconds, parts = (0.0, 1) if args.quick else (args.seconds, harness.PARTS)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    only = args.only.split(",") if args.only else None
+    cases = [case for case in testing.BENCHMARK_CASES if only is None or case.op in only]
+    dtypes = [getattr(torch, name) for name in args.dtype.split(",")]
+    bench = Bench.of(cases, {dtype: harness.measure_roofs(dtype, device) for dtype in dtypes}, device)
+
+    def finish(found: list[Times]) -> None:
+        rows = bench.rows(found)
+        show(rows, device)
+        harness.keep(rows, harness.file_of("ops", device), args.quick)
+
+    return Suite(bench.cells(stack), seconds, parts, finish)
 
 
 if __name__ == "__main__":
-    main()
+    measure([(prepare, sys.argv[1:])])

@@ -7,6 +7,7 @@ take the cores from the next one. In its turn a provider first warms up, then it
 from __future__ import annotations
 
 import ctypes
+import math
 import multiprocessing
 import os
 import random
@@ -15,10 +16,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, islice
 from multiprocessing.connection import Connection
 from typing import Any
+
+from benchmarks import harness
 
 Call = Callable[[Any], Any]
 PR_SET_PDEATHSIG = 1
@@ -161,7 +166,7 @@ class Cell:
         given: to each call.
         providers: those that may.
         warm: given to the calls before the clock starts.
-        every: in which rounds: each, every second, ...
+        every: in which rounds: each, every second, ...; cells of one kind are spread over their rounds.
         warm_ms: of calls before the clock starts: threads awake, weights in the caches.
         least_ms: of calls that make one sample, their median: neither the clock nor one interruption decides.
     """
@@ -174,10 +179,13 @@ class Cell:
     least_ms: float = 40.0
 
 
-def take_turns(cells: Sequence[Cell], seconds: float, parts: int = 1) -> list[dict[str, list[float]]]:
+Times = dict[str, list[float]]  # ms of the rounds, by provider
+
+
+def take_turns(cells: Sequence[Cell], seconds: float, parts: int = 1) -> list[Times]:
     """Milliseconds a call of each cell's providers, one sample a round.
 
-    A round goes through all cells: a machine has slow minutes, which take some rounds of each cell instead of all
+    Rounds go through all cells: a machine has slow minutes, which take some rounds of each cell instead of all
     rounds of one. (Ours has states of seconds in which what calls much code takes up to twice as long, and a loop no
     longer.) Whom one follows is drawn anew in each.
 
@@ -189,25 +197,62 @@ def take_turns(cells: Sequence[Cell], seconds: float, parts: int = 1) -> list[di
         Failed: a provider does not load again.
     """
     providers = {provider.name: provider for cell in cells for provider in cell.providers}
-    times: list[dict[str, list[float]]] = [{p.name: [] for p in cell.providers} for cell in cells]
+    times: list[Times] = [{p.name: [] for p in cell.providers} for cell in cells]
+    unit = math.gcd(*(cell.every for cell in cells))  # of rounds: none is empty
     rng = random.Random(0)
 
     def a_round(number: int) -> None:
-        for cell, found in zip(cells, times, strict=True):
-            if number % cell.every == 0:
+        for i, (cell, found) in enumerate(zip(cells, times, strict=True)):
+            every = cell.every // unit
+            if number % every == i % every:
                 for provider in rng.sample(cell.providers, len(cell.providers)):
                     found[provider.name].append(provider.time(cell))
 
-    start, rounds = time.perf_counter(), 0
-    while rounds <= max(cell.every for cell in cells) or time.perf_counter() - start < seconds / parts:
-        a_round(rounds)
-        rounds += 1
-    for _ in range(parts - 1):
-        for provider in providers.values():
-            provider.restart()
-        for cell in cells:
-            for provider in cell.providers:
-                provider.call(cell.given)  # what compiles does so now
-        for number in range(rounds):
-            a_round(number)
+    with harness.progress("measuring") as progress:
+        start, rounds, least = time.perf_counter(), 0, 2 * max(cell.every // unit for cell in cells)
+        while rounds < least or time.perf_counter() - start < seconds / parts:
+            a_round(rounds)
+            rounds += 1
+            done = min(rounds / least, (time.perf_counter() - start) / max(seconds / parts, 1e-9), 1.0)
+            progress(done / parts)
+        for part in range(1, parts):
+            for provider in providers.values():
+                provider.restart()
+            for cell in cells:
+                for provider in cell.providers:
+                    provider.call(cell.given)  # what compiles does so now
+            for number in range(rounds):
+                a_round(number)
+                progress((part + (number + 1) / rounds) / parts)
     return times
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What takes turns, alone or beside other suites.
+
+    Attributes:
+        cells: of the suite.
+        seconds: of turns.
+        parts: of the run.
+        finish: given the samples of each cell, prints a table and writes rows.
+    """
+
+    cells: Sequence[Cell]
+    seconds: float
+    parts: int
+    finish: Callable[[list[Times]], None]
+
+
+Prepare = Callable[[Sequence[str], ExitStack], Suite]  # of options; providers end with the stack
+
+
+def measure(told: Sequence[tuple[Prepare, Sequence[str]]]) -> None:
+    """Suites whose rounds are mixed, so that each sees all of the machine's minutes; then what each makes of them."""
+    with ExitStack() as stack:
+        suites = [prepare(options, stack) for prepare, options in told]
+        cells = list(chain.from_iterable(suite.cells for suite in suites))
+        seconds, parts = sum(suite.seconds for suite in suites), max(suite.parts for suite in suites)
+        found = iter(take_turns(cells, seconds, parts))
+    for suite in suites:
+        suite.finish(list(islice(found, len(suite.cells))))

@@ -31,7 +31,9 @@ ROOFS = harness.Roofs(bytes_s=1e10, flop_s=1e11)
 
 def test_rows_of_a_right_op(tmp_path, monkeypatch):
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
-    rows = ops.bench([CASE], {torch.float32: ROOFS}, "cpu", seconds=0.0)
+    with ExitStack() as stack:
+        bench = ops.Bench.of([CASE], {torch.float32: ROOFS}, "cpu")
+        rows = bench.rows(turns.take_turns(bench.cells(stack), seconds=0.0, parts=harness.PARTS))
     assert {row.mode for row in rows} == {"forward", "training"}
     assert "reference" in {row.backend for row in rows}
     for row in rows:
@@ -54,7 +56,7 @@ def test_rows_of_a_right_op(tmp_path, monkeypatch):
 def test_a_wrong_op_prints_no_number(monkeypatch):
     monkeypatch.setitem(testing.PUBLIC, "gelu", lambda x, bias, approximate: x + bias)
     with pytest.raises(AssertionError, match="budget"):
-        ops.bench([CASE], {torch.float32: ROOFS}, "cpu", seconds=0.0)
+        ops.Bench.of([CASE], {torch.float32: ROOFS}, "cpu")
 
 
 def test_traffic_is_counted():
@@ -199,7 +201,7 @@ def test_who_has_no_turn_is_stopped():
         assert wait_for(lambda: state(pids[0]) == "T")
         cells = [turns.Cell(["abc"], [quick, slow], ["a"]), turns.Cell(["d", "e"], [quick], ["d"], every=3)]
         every, third = turns.take_turns(cells, seconds=0.0)
-        assert [len(ms) for ms in every.values()] == [4, 4]
+        assert [len(ms) for ms in every.values()] == [6, 6]
         assert [len(ms) for ms in third.values()] == [2]
         assert min(every["slow"]) >= 20 > min(every["quick"]) >= 1
         with pytest.raises(turns.Failed, match="KeyError: 'fail'"):
@@ -213,6 +215,23 @@ def test_who_has_no_turn_is_stopped():
     assert [state(pid) for pid in pids] == ["", ""]
     with pytest.raises(turns.Failed, match="ValueError: there is no such time"):
         turns.Provider("broken", slow_lengths, -1.0)
+
+
+@linux
+def test_suites_take_turns_in_each_round_and_keep_their_samples(monkeypatch):
+    order, finished = [], {}
+    monkeypatch.setattr(turns.Provider, "time", lambda self, cell: order.append(cell.given) or float(cell.given))
+
+    def prepare(options, stack):
+        (name, *givens) = options
+        provider = stack.enter_context(turns.Provider(name, slow_lengths, 1.0))
+        cells = [turns.Cell(given, [provider], "", every=2 if name == "rare" else 1) for given in givens]
+        return turns.Suite(cells, 0.0, 1, lambda found: finished.update({name: found}))
+
+    turns.measure([(prepare, ["often", "1", "2"]), (prepare, ["rare", "3", "4"])])
+    assert "".join(order) == "123" + "124" + "123" + "124", "rare cells are spread over the rounds"
+    assert finished["often"] == [{"often": [1.0] * 4}, {"often": [2.0] * 4}]
+    assert finished["rare"] == [{"rare": [3.0] * 2}, {"rare": [4.0] * 2}]
 
 
 HOLDS_A_PROVIDER = """
@@ -418,6 +437,16 @@ def test_tables_fit_a_terminal_of_80_columns():
     assert "~13.33" in told.getvalue()
     assert "\N{HORIZONTAL ELLIPSIS}" not in told.getvalue()
     assert max(map(len, lines)) <= 80
+
+
+def test_a_run_that_was_more_often_slow_is_no_regression():
+    key = ("gelu", "here", "native", "training", "float32")
+    fast, slow = np.linspace(1.0, 1.02, 20).tolist(), np.linspace(1.3, 1.32, 20).tolist()
+    (change,) = compare.compare({key: fast + slow[:10]}, {key: fast[:10] + slow})
+    assert change.times < 1.05
+    assert not change.regressed
+    (change,) = compare.compare({key: fast}, {key: slow})
+    assert change.regressed
 
 
 def test_few_rounds_or_noise_prove_nothing():
