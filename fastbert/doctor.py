@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fastbert import machine, native
-from fastbert.engine.dtypes import auto_on_cpu
+from fastbert.engine.dtypes import auto_on_cpu, resolve_dtype
 from fastbert.models import BertConfig, BertModel
 from fastbert.models.quantize import loaded_dtype, quantize
 from fastbert.ops import OPS, dispatch
@@ -52,7 +52,7 @@ class Report:
         ops: op -> device -> dtype -> backend that computes it unasked.
         reasons: why ops run as they do, each reason once, with the ops and dtypes that it is of.
         engines: device and dtype -> what a forward pass would run on, and why where that is no engine.
-        measured: roofs and speeds, empty without measuring.
+        measured: device and dtype -> roofs and speeds, empty without measuring.
         findings: what to change.
     """
 
@@ -101,7 +101,7 @@ def examine(measure: bool = True, say: Callable[[str], object] = lambda step: No
         ops={op: _backends(op) for op in _OPS},
         reasons=_reasons(),
         engines=_engines(),
-        measured=_measure(say) if measure else {},
+        measured={k: v for device in _devices() for k, v in _measure(device, say).items()} if measure else {},
     )
     report.findings.extend(_findings(report, cpu))
     return report
@@ -182,12 +182,15 @@ def _engines() -> dict[str, str]:
     return found | {"cpu auto": "{}: {}".format(*auto_on_cpu())}
 
 
-def _median_seconds(function: Callable[[], object], budget_s: float = 0.6) -> float:
-    function()
+def _median_seconds(function: Callable[[], object], device: str, budget_s: float = 0.6) -> float:
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     times: list[float] = []
+    function()
+    wait()
     while len(times) < 3 or sum(times) < budget_s:
         start = time.perf_counter()
         function()
+        wait()
         times.append(time.perf_counter() - start)
     return statistics.median(times)
 
@@ -199,28 +202,30 @@ def _flop(config: BertConfig, lengths: Sequence[int]) -> int:
 
 
 @torch.no_grad()
-def _measure(say: Callable[[str], object]) -> dict[str, dict[str, float]]:
-    """Roofs in GB/s and GFLOP/s, and tokens/s of a MiniLM-shaped encoder, by dtype."""
-    say("measuring memory")
-    source = torch.randn(16 << 20)
+def _measure(device: str, say: Callable[[str], object]) -> dict[str, dict[str, float]]:
+    """Roofs of a device in GB/s and GFLOP/s, and tokens/s of a MiniLM-shaped encoder there, by dtype."""
+    gpu = device == "cuda"
+    say(f"measuring memory of {device}")
+    source = torch.randn((256 if gpu else 16) << 20, device=device)
     target = torch.empty_like(source)
-    copy = _median_seconds(lambda: target.copy_(source))
-    measured: dict[str, dict[str, float]] = {"copy": {"gb_s": 2 * source.nbytes / copy / 1e9}}
-    model = BertModel(_PROBE, add_pooling_layer=False).eval()
+    copy = _median_seconds(lambda: target.copy_(source), device)
+    measured: dict[str, dict[str, float]] = {f"{device} copy": {"gb_s": 2 * source.nbytes / copy / 1e9}}
+    model = BertModel(_PROBE, add_pooling_layer=False).eval().to(device)
     generator = torch.Generator().manual_seed(0)
-    lengths = _LENGTHS * 4
+    lengths = _LENGTHS * (40 if gpu else 4)
     batch = pack([torch.randint(1000, 30000, (n,), generator=generator).tolist() for n in lengths])
-    flop = _flop(_PROBE, lengths)
-    for dtype in (torch.float32, torch.bfloat16):
-        say(f"measuring {_short(dtype)}")
-        a = torch.randn(1024, 1024).to(dtype)
-        gemm = _median_seconds(partial(torch.mm, a, a), 0.4)
+    flop, edge = _flop(_PROBE, lengths), 8192 if gpu else 1024
+    for name in (resolve_dtype("auto", torch.device(device)),) if gpu else ("float32", "bfloat16"):
+        say(f"measuring {name} on {device}")
+        dtype: torch.dtype = getattr(torch, name)
+        a = torch.randn(edge, edge, device=device).to(dtype)
+        gemm = 2 * edge**3 / _median_seconds(partial(torch.mm, a, a), device, 0.4)
         model.to(dtype)
-        seconds = _median_seconds(lambda: model.forward_packed(batch))
-        peak = native.peak_flop_s(dtype) if native.available() else 0.0
-        measured[_short(dtype)] = {
-            "peak_gflop_s": max(peak, 2 * 1024**3 / gemm) / 1e9,
-            "gemm_gflop_s": 2 * 1024**3 / gemm / 1e9,
+        seconds = _median_seconds(partial(model.forward_packed, batch), device)
+        peak = native.peak_flop_s(dtype) if native.available() and not gpu else 0.0
+        measured[f"{device} {name}"] = {
+            "peak_gflop_s": max(peak, gemm) / 1e9,
+            "gemm_gflop_s": gemm / 1e9,
             "encoder_gflop_s": flop / seconds / 1e9,
             "tokens_s": sum(lengths) / seconds,
             "base_tokens_s": flop / seconds / (_flop(_BASE, lengths) / sum(lengths)),
@@ -264,7 +269,7 @@ def _findings(report: Report, cpu: machine.Cpu) -> list[Finding]:
         if name in report.environment:
             what = f"{name}={report.environment[name]} overrides what fastbert would choose"
             found.append(Finding(False, what, f"unset {name} outside of tests"))
-    fp32, bf16 = report.measured.get("float32"), report.measured.get("bfloat16")
+    fp32, bf16 = report.measured.get("cpu float32"), report.measured.get("cpu bfloat16")
     if fp32 and bf16 and bf16["tokens_s"] > 1.15 * fp32["tokens_s"]:
         ratio = bf16["tokens_s"] / fp32["tokens_s"]
         found.append(Finding(False, f"bfloat16 is {ratio:.1f}x as fast as float32 here", "try --dtype bfloat16"))

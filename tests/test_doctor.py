@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from fastbert import doctor, machine, native
 from fastbert.cli import app
+from fastbert.cli import doctor as cli
 
 
 def write(folder, **files):
@@ -128,11 +132,11 @@ def test_two_openmp_runtimes_and_too_many_threads(monkeypatch):
 def test_measured_numbers_are_of_one_run():
     report = doctor.examine()
     for dtype in ("float32", "bfloat16"):
-        row = report.measured[dtype]
+        row = report.measured[f"cpu {dtype}"]
         flop_a_token = row["encoder_gflop_s"] * 1e9 / row["tokens_s"]
         assert 2 * 6 * 12 * 384**2 < flop_a_token < 1.2 * 2 * 6 * 12 * 384**2
         assert row["peak_gflop_s"] >= row["gemm_gflop_s"]
-    assert report.measured["copy"]["gb_s"] > 0
+    assert report.measured["cpu copy"]["gb_s"] > 0
 
 
 @pytest.mark.parametrize("silence", [False, True])
@@ -203,6 +207,27 @@ def test_a_second_openmp_runtime_is_seen(tmp_path):
     done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     assert "broken: 2 OpenMP runtimes are loaded" in " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_what_a_terminal_shows(sound, monkeypatch, width):
+    """No name is cut and no command broken, also on a machine with GPUs."""
+    monkeypatch.setattr(machine, "openmp_runtimes", lambda: ["/a/libgomp.so.1", "/b/libiomp5.so"])
+    report = doctor.examine(measure=False)
+    for by_device in report.ops.values():
+        by_device["cuda"] = dict.fromkeys(by_device["cpu"], "triton")
+    report.machine["gpus"] = ["NVIDIA H100"] * 8
+    rates = ("peak_gflop_s", "gemm_gflop_s", "encoder_gflop_s", "tokens_s", "base_tokens_s")
+    report.measured.update({"cuda copy": {"gb_s": 3000.0}, "cuda bfloat16": dict.fromkeys(rates, 812345.0)})
+    with io.StringIO() as file:
+        cli._show(Console(file=file, width=width, markup=False), report)
+        shown = file.getvalue()
+    assert all(len(line) <= width for line in shown.splitlines())
+    assert "…" not in shown
+    assert "8 x NVIDIA H100\n" in re.sub(" +\n", "\n", shown)
+    words = set(re.split(r"\s*[│┃\n]\s*|  +", shown))
+    assert {*report.ops, "triton", "812.35", "812,345", "100%", "op on cuda"} <= words
+    assert re.search(r"^broken:  2 OpenMP runtimes are loaded .*\n {9}\S", shown, re.MULTILINE)
 
 
 def test_command(sound, monkeypatch):

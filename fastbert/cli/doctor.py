@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -34,62 +36,70 @@ def doctor(
 
 
 def _show(console: Any, report: Any) -> None:
+    from rich.columns import Columns
     from rich.table import Table
 
     m, n = report.machine, report.native
     cores = f"{m['usable']} usable of {m['cores']}"
     limits = [f"affinity {m['affinity']}"] if m["affinity"] < m["cores"] else []
     limits += [f"quota {m['quota']:g}"] if m["quota"] is not None else []
-    facts = Table.grid(padding=(0, 2))
-    facts.add_column(style="bold")
-    facts.add_row("machine", f"{m['cpu']}, {m['memory_gib']} GiB, {m['system']}")
-    facts.add_row("features", " ".join(m["features"]) or "none that matter here")
-    facts.add_row("cores", ", ".join([cores, *limits, f"torch runs {m['threads']} threads"]))
-    facts.add_row("GPUs", ", ".join(m["gpus"]) or "none")
-    facts.add_row("versions", ", ".join(f"{k} {v or 'not installed'}" for k, v in report.versions.items()))
+    facts = [
+        ("machine", f"{m['cpu']}, {m['memory_gib']} GiB, {m['system']}"),
+        ("features", " ".join(m["features"]) or "none that matter here"),
+        ("cores", ", ".join([cores, *limits, f"torch runs {m['threads']} threads"])),
+        ("GPUs", ", ".join(f"{n} x {gpu}" for gpu, n in Counter(m["gpus"]).items()) or "none"),
+        ("versions", ", ".join(f"{k} {v or 'not installed'}" for k, v in report.versions.items())),
+    ]
     if report.environment:
-        facts.add_row("environment", " ".join(f"{k}={v}" for k, v in report.environment.items()))
-    facts.add_row("extension", f"{n['isa']} (this CPU offers {', '.join(n['supported'])})" if n["loads"] else n["why"])
-    for what, plan in report.engines.items():
-        facts.add_row(f"{what} encoder", plan)
-    console.print(facts)
-    devices = list(next(iter(report.ops.values())))
-    grid = Table("op", *(f"{device} {dtype}" for device in devices for dtype in ("float32", "bfloat16", "float16")))
-    for op, by_device in report.ops.items():
-        grid.add_row(op, *(backend for device in devices for backend in by_device[device].values()))
-    console.print(grid)
-    for reason in report.reasons:
-        console.print(f"  {reason}", style="dim", highlight=False)
+        facts.append(("environment", " ".join(f"{k}={v}" for k, v in report.environment.items())))
+    isa = f"{n['isa']} (FASTBERT_ISA may name {', '.join(n['supported'])})" if n["loads"] else n["why"]
+    facts += [("extension", isa), *((f"{what} encoder", plan) for what, plan in report.engines.items())]
+    console.print(_pairs(facts, "bold"))
+    grids = []
+    for device, by_dtype in next(iter(report.ops.values())).items():
+        grids.append(Table(f"op on {device}", *by_dtype))
+        for op, by_device in report.ops.items():
+            grids[-1].add_row(op, *by_device[device].values())
+    console.print(Columns(grids))
+    console.print("reference: plain PyTorch", style="dim", highlight=False)
+    console.print(_pairs([line.split(": ", 1) for line in report.reasons], "dim"), style="dim", highlight=False)
     if report.measured:
         console.print(_speeds(report.measured))
-    for finding in report.findings:
-        style, word = ("bold red", "broken") if finding.broken else ("yellow", "advice")
-        console.print(f"{word}: ", style=style, end="")
-        console.print(f"{finding.what}. {finding.cure[:1].upper()}{finding.cure[1:]}.", highlight=False)
-    if not report.findings:
-        console.print("nothing to change", style="green")
+        copies = (f"{key.split()[0]} {row['gb_s']:,.0f} GB/s" for key, row in report.measured.items() if "gb_s" in row)
+        console.print(
+            f"A copy of memory: {', '.join(copies)}. The roof is the CPU's densest arithmetic; the GEMM is torch's, and "
+            "a GPU's roof. The encoder has MiniLM's shape and 16 to 128 tokens a text; BERT-base's tokens/s "
+            "follow from its TFLOP/s.",
+            style="dim",
+            highlight=False,
+        )
+    words = {True: "[bold red]broken:[/]", False: "[yellow]advice:[/]"}
+    cures = [(words[f.broken], f"{f.what}. {f.cure[:1].upper()}{f.cure[1:]}.") for f in report.findings]
+    console.print(_pairs(cures) if cures else "nothing to change", style=None if cures else "green", highlight=False)
+
+
+def _pairs(rows: Iterable[Sequence[str]], style: str = "") -> Any:
+    """Two columns, so that a long line goes on below where it began; markup in the first one only."""
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style=style, no_wrap=True)
+    for head, text in rows:
+        grid.add_row(Text.from_markup(head), Text(text))
+    return grid
 
 
 def _speeds(measured: dict[str, dict[str, float]]) -> Any:
     from rich.table import Table
 
-    table = Table(
-        "measured",
-        "roof GFLOP/s",
-        "torch's GEMM",
-        "encoder (of the roof)",
-        "tokens/s",
-        "texts/s of 29 tokens",
-        "expected of BERT-base",
-    )
-    for dtype, row in measured.items():
-        if dtype != "copy":
-            share = f"{row['encoder_gflop_s']:,.0f} ({row['encoder_gflop_s'] / row['peak_gflop_s']:.0%})"
-            speeds = (row["tokens_s"], row["tokens_s"] / 29, row["base_tokens_s"])
-            roofs = (f"{row[name]:,.0f}" for name in ("peak_gflop_s", "gemm_gflop_s"))
-            table.add_row(dtype, *roofs, share, *(f"{speed:,.0f}" for speed in speeds))
-    table.caption = (
-        f"memory copies {measured['copy']['gb_s']:.1f} GB/s; the roof is the CPU's densest arithmetic, measured; "
-        "the encoder has MiniLM's shape, 16 to 128 tokens a text; BERT-base's tokens/s are computed from its GFLOP/s"
-    )
+    table = Table("measured")
+    for head in ("roof\nTFLOP/s", "GEMM\nTFLOP/s", "encoder\nTFLOP/s", "of the\nroof", "encoder\ntokens/s"):
+        table.add_column(head, justify="right")
+    table.add_column("BERT-base\ntokens/s", justify="right")
+    for what, row in measured.items():
+        if "tokens_s" in row:
+            share = row["encoder_gflop_s"] / row["peak_gflop_s"]
+            rates = (f"{row[f'{name}_gflop_s'] / 1e3:.2f}" for name in ("peak", "gemm", "encoder"))
+            table.add_row(what, *rates, f"{share:.0%}", f"{row['tokens_s']:,.0f}", f"{row['base_tokens_s']:,.0f}")
     return table
