@@ -18,6 +18,7 @@ import pytest
 from typer.main import get_command
 
 import fastbert
+from benchmarks.__main__ import app as suite
 from fastbert.cli import app
 
 ROOT = Path(__file__).parent.parent
@@ -105,7 +106,7 @@ def fault(words: list[str]) -> str | None:
 def _fault_of_ours(words: list[str]) -> str | None:
     if not words or "COMMAND" in words or words == ["--help"]:
         return None
-    command = get_command(app).commands.get(words[0])
+    command = get_command(suite) if words[0] == "bench" else get_command(app).commands.get(words[0])
     if command is None:
         return f"there is no command {words[0]}"
     try:
@@ -150,6 +151,7 @@ def test_commands_parse():
     [
         ("fastbert embed --no-such-option x", "no-such-option"),
         ("fastbert embd x", "no command"),
+        ("fastbert bench --compere OLD.csv NEW.csv", "No such option"),
         ("fastbert embed --threads none x", "integer"),
         ("fastbert pretrain --data a.txt --out OUT --objective mlm+nps", "objective"),
         ("fastbert finetune classification --train t.csv --out OUT --batch-size 1 --batch-tokens 2", "exclude"),
@@ -260,6 +262,15 @@ def site_faults(site: Path) -> list[str]:
     return found
 
 
+# What docs/hooks.py reads from the code: an option of every command, a field of every dataclass of options.
+WRITTEN_BY_HOOKS = {
+    "cli.html": ["--compare", "--resume", "--max-batch-tokens", "--no-measure", "--layers", "--lr", "--objective"],
+    "train.html": ["micro_tokens", "text_column", "whole_word"],
+    "serve.html": ["max_queue_tokens"],
+    "models.html": ["num_labels", "hidden_size", "embedding_size", "relative_attention_num_buckets", "n_layers"],
+}
+
+
 def test_site(tmp_path):
     """It builds without a warning, loads nothing from elsewhere, leads nowhere wrong; all public names are in it."""
     site = tmp_path / "site"
@@ -272,6 +283,9 @@ def test_site(tmp_path):
     documented = {i.rpartition(".")[2] for path in site.rglob("*.html") for i in Page(path.read_text()).ids if "." in i}
     public = {*fastbert.__all__, *fastbert.models.__all__, *fastbert.ops.__all__} - {"OPS"}
     assert public - documented == set()
+    for page, words in WRITTEN_BY_HOOKS.items():
+        text = (site / "reference" / page).read_text()
+        assert [word for word in words if f"<code>{word}</code>" not in text] == [], page
     index = json.loads((site / "search" / "search_index.json").read_text())
     pages = {entry["location"].split("#")[0] for entry in index["docs"]}
     assert pages == {path.relative_to(DOCS).with_suffix(".html").as_posix() for path in GUIDES}

@@ -67,8 +67,8 @@ def _show(console: Any, report: Any) -> None:
         console.print(_speeds(report.measured))
         copies = (f"{key.split()[0]} {row['gb_s']:,.0f} GB/s" for key, row in report.measured.items() if "gb_s" in row)
         console.print(
-            f"A copy of memory: {', '.join(copies)}. The roof is the CPU's densest arithmetic; the GEMM is torch's, and "
-            "a GPU's roof. The encoder has MiniLM's shape and 16 to 128 tokens a text; BERT-base's tokens/s "
+            f"A copy of memory: {', '.join(copies)}. The roof is the CPU's densest arithmetic; the GEMM is torch's, "
+            "and a GPU's roof. The encoder has MiniLM's shape and 16 to 128 tokens a text; BERT-base's tokens/s "
             "follow from its TFLOP/s.",
             style="dim",
             highlight=False,
