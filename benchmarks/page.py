@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import re
 from collections.abc import Sequence
 from html import escape
 from itertools import groupby
@@ -81,26 +82,38 @@ def read(folder: Path) -> list[Row]:
 
 
 def peer_wins(rows: Sequence[Row]) -> list[str]:
-    """A sentence for each list of texts and number format where a peer is faster than we are."""
+    """A sentence for each list of texts and number format where a peer is faster than we are, and for each op that is
+    slower than its reference."""
     found = []
-    encoders = sorted((r for r in rows if r["op"] == "encode"), key=_texts)
-    for (case, mode, dtype), group in groupby(encoders, key=_texts):
+    for (_, _, mode, dtype), group in groupby(sorted(rows, key=_what), key=_what):
         members = sorted(group, key=lambda r: float(r["ms_p50"]))
         ours = next((r for r in members if plots.is_ours(r["backend"])), None)
         best = members[0]
         if ours is not None and best is not ours:
             times = float(ours["ms_p50"]) / float(best["ms_p50"])
-            texts, tokens = plots.size_of(best)
-            what = f"{case.split('-')[0]} texts, {texts} of {tokens / texts:.0f} tokens" if texts > 1 else (
-                f"one text of {tokens} tokens")  # fmt: skip
             found.append(
-                f"{dtype}, {mode}, {what}: {best['backend']} is {times:.2f} times as fast as {ours['backend']}"
+                f"{dtype}, {mode}, {_case(best)}: {best['backend']} is {times:.2f} times as fast as {ours['backend']}"
             )
     return found
 
 
-def _texts(row: Row) -> tuple[str, str, str]:
-    return row["case"], row["mode"], row["dtype"]
+def _what(row: Row) -> tuple[str, str, str, str]:
+    return row["op"], row["case"], row["mode"], row["dtype"]
+
+
+def _case(row: Row) -> str:
+    """What was computed, in words."""
+    if row["op"] != "encode":
+        return f"{row['op']} {row['case']}"
+    texts, tokens = plots.size_of(row)
+    return f"{row['case'].split('-')[0]} texts, {texts} of {tokens / texts:.0f} tokens" if texts > 1 else (
+        f"one text of {tokens} tokens")  # fmt: skip
+
+
+def _place(row: Row) -> tuple[str, str, list[int], str, str]:
+    """Where a row stands in the table: by op, by kind of texts, by their number and length."""
+    numbers = [int(n) for n in re.findall(r"\d+", row["case"])]
+    return row["op"], re.sub(r"\d+", "", row["case"]), numbers, row["mode"], row["dtype"]
 
 
 def _picture(name: str, rows: Sequence[Row]) -> str:
@@ -137,7 +150,7 @@ def render(rows: Sequence[Row], notes: Sequence[str] = ()) -> str:
     numeric = {c for c in COLUMNS if c.startswith(("ms_", "times_")) or c in measured}
     heads = "".join(f'<th scope="col"{_number(c in numeric)}>{escape(t)}</th>' for c, t in COLUMNS.items())
     lines = []
-    for row in rows:
+    for row in sorted(rows, key=_place):
         ours = ' class="ours"' if plots.is_ours(row["backend"]) else ""
         values = ((c, "" if row[c] == "nan" else row[c]) for c in COLUMNS)
         lines.append(
@@ -149,7 +162,9 @@ def render(rows: Sequence[Row], notes: Sequence[str] = ()) -> str:
         f'<h1>fastbert bench</h1><p class="facts">{escape(facts)}</p>',
         *(_picture(name, rows) for name in plots.FIGURES),
         "<h2>Where a peer wins</h2>",
-        _bullets(wins) if wins else "<p>Nowhere in these rows, within a number format.</p>",
+        _bullets(wins)
+        if wins
+        else "<p>Nowhere in these rows, within a number format; of ops the peer is the reference.</p>",
         "<h2>Not measured</h2>" + _bullets(notes) if notes else "",
         "<h2>All numbers</h2><p>Base: an op's reference in plain PyTorch; sentence-transformers in fp32. A click on a "
         'head sorts.</p><input id="filter" placeholder="filter: e.g. encode int8 length" aria-label="filter rows">',

@@ -52,8 +52,21 @@ def table(path: Path) -> str:
             f"| | {' | '.join(heads)} |",
             "|---|" + "---|" * len(columns),
             *(f"| {name} | {' | '.join(cells[name])} |" for name in order),
+            "",
+            said([f"{', '.join(names)} ({heads[i]})" for i in range(len(columns)) if (names := _winners(i, cells))]),
         ]
     )
+
+
+def said(wins: list[str]) -> str:
+    """The sentence below the table that says where a peer is the fastest of its number format."""
+    if wins:
+        return f"A peer is the fastest of its number format: {'; '.join(wins)}."
+    return "No peer is the fastest of its number format in any column."
+
+
+def _winners(column: int, cells: dict[str, list[str]]) -> list[str]:
+    return [name for name in sorted(cells) if cells[name][column].startswith("**") and not name.startswith("fastbert")]
 
 
 def _cell(name: str, members: dict[str, dict[str, str]], count: int) -> str:

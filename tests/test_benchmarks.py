@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import __main__ as suite
-from benchmarks import compare, encoder, harness, ops, peers, providers, report, turns
+from benchmarks import compare, encoder, harness, ops, page, peers, providers, report, turns
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import report as gpu_report
 from benchmarks.texts import WORDS, real_texts
@@ -79,6 +79,32 @@ def test_numbers_in_the_readme_are_the_committed_rows():
     assert report.render(text) == text
     assert "| fastbert |" in text
     assert report.render(text.replace("| fastbert |", "| fastbird |")) == text
+
+
+def changed(path, kind, change):
+    """A copy of the committed rows of a kind, changed one by one."""
+    rows = list(csv.DictReader(next(report.RESULTS.glob(f"{kind}-*[!k].csv")).open(newline="")))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows({**row, **(change(row) or {})} for row in rows)
+    return path
+
+
+def test_tables_say_where_a_peer_wins(tmp_path):
+    def fast(row):
+        if row["backend"] == "onnxruntime-int8" and row["case"].startswith("passage-96"):
+            return {"ms_p50": "1"}
+
+    assert report.table(changed(tmp_path / "a.csv", "encoder", fast)).endswith("onnxruntime-int8 (96 x 105).")
+    slow = changed(
+        tmp_path / "b.csv", "encoder", lambda row: None if "fastbert" in row["backend"] else {"ms_p50": "1e9"}
+    )
+    assert report.table(slow).endswith("No peer is the fastest of its number format in any column.")
+    own = changed(tmp_path / "c.csv", "gpu", lambda row: {"ms_p50": "1e-9"} if row["backend"] == "fused" else None)
+    assert "linear_gelu" not in report.gpu_table(own).splitlines()[-1]
+    peer = changed(tmp_path / "d.csv", "gpu", lambda row: {"ms_p50": "1e-9"} if row["backend"] == "cudnn" else None)
+    assert "attention T16384, S32 forward (cudnn)" in report.gpu_table(peer).splitlines()[-1]
 
 
 def test_the_table_of_serving_has_a_line_for_each_load(tmp_path):
@@ -503,6 +529,9 @@ def test_the_page_says_where_a_peer_wins_and_needs_no_other_file(tmp_path, monke
     text = (tmp_path / "index.html").read_text("utf-8")
     assert "float32, throughput, query texts, 64 of 14 tokens: ctranslate2 is 1.2" in text
     assert "bfloat16, throughput" not in text
+    slow = {"op": "gelu", "case": "mix", "mode": "forward", "dtype": "float32"}
+    pair = [{**slow, "backend": "native", "ms_p50": "3"}, {**slow, "backend": "reference", "ms_p50": "2"}]
+    assert page.peer_wins(pair) == ["float32, forward, gelu mix: reference is 1.50 times as fast as native"]
     assert text.count("data:image/svg+xml;base64,") >= 4
     assert not re.search(r"(src|href|srcset)=.?(http|[a-z]+\.)", text)
     assert (tmp_path / "peers.svg").exists()

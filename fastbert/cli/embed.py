@@ -33,7 +33,10 @@ def embed(
     quiet: Annotated[bool, option("Output", "No progress bar, no summary.", "--quiet", "-q")] = False,
     model: Annotated[str, option("Model", "Folder or hub id.", "--model", "-m")] = DEFAULT_MODEL,
     dtype: Annotated[
-        str | None, option("Model", "auto, float32, bfloat16, float16 (GPU) or int8 (CPU); default: float32 on a CPU.")
+        str | None,
+        option(
+            "Model", "auto, float32, bfloat16, float16 or float8 (GPU), int8 (CPU); default: float32, auto on a GPU."
+        ),
     ] = None,
     max_seq_length: Annotated[int | None, option("Model", "Tokens a text; longer ones are cut.", min=1)] = None,
     prompt_name: Annotated[str | None, option("Model", "One of the model's prompts.")] = None,
