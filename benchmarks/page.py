@@ -19,8 +19,8 @@ CAPTIONS = {
     "rounds, in brackets times sentence-transformers in fp32, by the fast tenth of the rounds (~: unsteady).",
     "throughput": "The same by length of the texts, each number format by itself. Padding is never counted as tokens.",
     "latency": "One text a call, by its length.",
-    "roofline": "Left: arithmetic a byte of weights read, below a copy of the weights' size and the arithmetic that "
-    "this machine's units did out of registers in the same run. Right: each op against the slower of its bytes at the "
+    "roofline": "Encoders: arithmetic a byte of weights read, below a copy of the weights' size and the arithmetic "
+    "that this machine's units did out of registers in the same run. Ops: each against the slower of its bytes at the "
     "speed of a copy of that size and its arithmetic at that of the units.",
 }
 METHOD = (
@@ -110,10 +110,10 @@ def _case(row: Row) -> str:
         f"one text of {tokens} tokens")  # fmt: skip
 
 
-def _place(row: Row) -> tuple[str, str, list[int], str, str]:
-    """Where a row stands in the table: by op, by kind of texts, by their number and length."""
+def _place(row: Row) -> tuple[bool, str, str, list[int], str, str]:
+    """Where a row stands in the table: encoders first, by kind of texts, by their number and length."""
     numbers = [int(n) for n in re.findall(r"\d+", row["case"])]
-    return row["op"], re.sub(r"\d+", "", row["case"]), numbers, row["mode"], row["dtype"]
+    return row["op"] != "encode", row["op"], re.sub(r"\d+", "", row["case"]), numbers, row["mode"], row["dtype"]
 
 
 def _picture(name: str, rows: Sequence[Row]) -> str:

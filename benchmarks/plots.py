@@ -101,7 +101,7 @@ def _by_format(rows: Sequence[Row], x: Callable[[Row], float], y: Callable[[Row]
 def throughput(rows: Sequence[Row], theme: Mapping[str, str]) -> Figure | None:
     """Tokens a second by the mean length of texts, many texts a call."""
     chosen = [r for r in rows if r["mode"] == "throughput"]
-    if not chosen:
+    if len({r["case"] for r in chosen}) < 2:
         return None
     figure, panels = _by_format(
         chosen, lambda r: size_of(r)[1] / size_of(r)[0], lambda r: 1e3 * size_of(r)[1] / float(r["ms_p50"]), theme
@@ -154,46 +154,52 @@ def peers(rows: Sequence[Row], theme: Mapping[str, str]) -> Figure | None:
 
 
 def roofline(rows: Sequence[Row], theme: Mapping[str, str]) -> Figure | None:
-    """Encoders and attention below their two measured roofs; and the percent of the roof of each op."""
+    """Encoders below their two measured roofs; and the percent of the roof of each op. Only what there are rows of."""
     encoders = [r for r in rows if r["op"] == "encode"]
-    roofs = {r["dtype"]: (float(r["copy_gb_s"]), float(r["peak_tflop_s"])) for r in encoders}
     ops = [r for r in rows if r["op"] != "encode" and r["mode"] == "forward" and r["dtype"] == "float32"]
-    if not roofs and not ops:
+    drawn = [(draw, chosen) for draw, chosen in ((_encoder_roofs, encoders), (_op_roofs, ops)) if chosen]
+    if not drawn:
         return None
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    colors = dict(zip(FORMATS, (theme["ours"], "#4c78a8", "#54a24b"), strict=True))
+    figure = Figure(figsize=(5.5 * len(drawn), 4.2), layout="constrained")
+    for (draw, chosen), axes in zip(drawn, figure.subplots(1, len(drawn), squeeze=False)[0], strict=True):
+        draw(axes, chosen, theme)
+    return figure
+
+
+def _encoder_roofs(axes: Any, rows: Sequence[Row], theme: Mapping[str, str]) -> None:
+    roofs = {r["dtype"]: (float(r["copy_gb_s"]), float(r["peak_tflop_s"])) for r in rows}
     span = (1.0, 3e4)
-    for kind, (copy, peak) in roofs.items():
-        ridge = 1e3 * peak / copy
-        left.plot([span[0], ridge, span[1]], [copy * span[0] / 1e3, peak, peak], color=colors[kind], linewidth=1.2,
+    for kind, color in zip(FORMATS, (theme["ours"], "#4c78a8", "#54a24b"), strict=True):
+        if kind not in roofs:
+            continue
+        copy, peak = roofs[kind]
+        axes.plot([span[0], 1e3 * peak / copy, span[1]], [copy * span[0] / 1e3, peak, peak], color=color, linewidth=1.2,
                   label=f"{kind}: copy {copy:,.0f} GB/s, {peak:.2f} TFLOP/s")  # fmt: skip
         for mode, mark in (("throughput", "o"), ("batch1", "^")):
             points = [
                 (1e3 * float(r["tflop_s"]) / float(r["gb_s"]), float(r["tflop_s"]))
-                for r in encoders
-                if is_ours(r["backend"]) and r["dtype"] == kind and r["mode"] == mode
-                and float(r["gb_s"])
-            ]  # fmt: skip
-            left.scatter(
-                [x for x, _ in points], [y for _, y in points], color=colors[kind], marker=mark, s=22, zorder=3
-            )
-    left.set(xscale="log", yscale="log", xlim=span, xlabel="FLOP a byte of weights", ylabel="TFLOP/s",
+                for r in rows
+                if is_ours(r["backend"]) and r["dtype"] == kind and r["mode"] == mode and float(r["gb_s"])
+            ]
+            axes.scatter([x for x, _ in points], [y for _, y in points], color=color, marker=mark, s=22, zorder=3)
+    axes.set(xscale="log", yscale="log", xlim=span, xlabel="FLOP a byte of weights", ylabel="TFLOP/s",
              title="fastbert's encoder: throughput ●, one text ▲")  # fmt: skip
-    left.legend(loc="lower right")
-    _plain(left.xaxis, [1, 10, 100, 1000, 10000])
-    _plain(left.yaxis)
-    labels = sorted({f"{r['op']} {r['case']}" for r in ops}, reverse=True)
+    axes.legend(loc="lower right")
+    _plain(axes.xaxis, [1, 10, 100, 1000, 10000])
+    _plain(axes.yaxis)
+
+
+def _op_roofs(axes: Any, rows: Sequence[Row], theme: Mapping[str, str]) -> None:
+    labels = sorted({f"{r['op']} {r['case']}" for r in rows}, reverse=True)
     for backend, color, shift in (("native", theme["ours"], 0.2), ("reference", theme["faint"], -0.2)):
-        found = {f"{r['op']} {r['case']}": float(r["roof_percent"]) for r in ops if r["backend"] == backend}
-        right.barh([labels.index(k) + shift for k in found], list(found.values()), height=0.38, color=color,
-                   label=backend)  # fmt: skip
-    right.axvline(100, color=theme["ink"], linewidth=0.8)
-    right.set_yticks(range(len(labels)), labels, fontsize=7)
-    right.set(xlabel="% of the measured roof", title="ops, forward, float32")
-    right.grid(False, axis="y")
-    right.legend(loc="lower right", frameon=True, facecolor=theme["paper"], edgecolor="none", framealpha=1.0)
-    return figure
+        found = {f"{r['op']} {r['case']}": float(r["roof_percent"]) for r in rows if r["backend"] == backend}
+        axes.barh([labels.index(k) + shift for k in found], list(found.values()), height=0.38, color=color,
+                  label=backend)  # fmt: skip
+    axes.axvline(100, color=theme["ink"], linewidth=0.8)
+    axes.set_yticks(range(len(labels)), labels, fontsize=7)
+    axes.set(xlabel="% of the measured roof", title="ops, forward, float32")
+    axes.grid(False, axis="y")
+    axes.legend(loc="lower right", frameon=True, facecolor=theme["paper"], edgecolor="none", framealpha=1.0)
 
 
 FIGURES: dict[str, Callable[[Sequence[Row], Mapping[str, str]], Figure | None]] = {

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import __main__ as suite
-from benchmarks import compare, encoder, harness, ops, page, peers, providers, report, turns
+from benchmarks import compare, encoder, harness, ops, page, peers, plots, providers, report, turns
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import report as gpu_report
 from benchmarks.texts import WORDS, real_texts
@@ -83,7 +83,7 @@ def test_numbers_in_the_readme_are_the_committed_rows():
 
 def changed(path, kind, change):
     """A copy of the committed rows of a kind, changed one by one."""
-    rows = list(csv.DictReader(next(report.RESULTS.glob(f"{kind}-*[!k].csv")).open(newline="")))
+    rows = list(csv.DictReader(next(report.RESULTS.glob(f"{kind}-*[0-9].csv")).open(newline="")))
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
@@ -525,6 +525,7 @@ def test_short_calls_fill_the_clock():
 def test_the_page_says_where_a_peer_wins_and_needs_no_other_file(tmp_path, monkeypatch):
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
     harness.write(rows_of(), "encoder-x")
+    rows = page.read(tmp_path)
     assert suite.report(tmp_path)
     text = (tmp_path / "index.html").read_text("utf-8")
     assert "float32, throughput, query texts, 64 of 14 tokens: ctranslate2 is 1.2" in text
@@ -535,6 +536,7 @@ def test_the_page_says_where_a_peer_wins_and_needs_no_other_file(tmp_path, monke
     assert text.count("data:image/svg+xml;base64,") >= 4
     assert not re.search(r"(src|href|srcset)=.?(http|[a-z]+\.)", text)
     assert (tmp_path / "peers.svg").exists()
+    assert len(plots.roofline(rows, plots.THEMES["dark"]).axes) == 1, "no empty panel where no op was measured"
     assert not suite.report(tmp_path / "empty")
 
 
