@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from test_checkpoint import FORKS, assert_same_bits, no_curves, state_of
-from tiny_training import Steps, arguments, tagger, token_items
+from tiny_training import OwnUnits, Steps, arguments, tagger, token_items
 from torch import nn
 
 from fastbert import plot
@@ -157,14 +157,6 @@ def test_uneven_ranks(tmp_path, strategy):
 def test_averaging_ranks_means_would_not_follow(tmp_path):
     """The mutant: what data parallelism does without counting first; ranks have different numbers of labels."""
     straight = alone(max_steps=6)
-
-    class OwnUnits(TokenClassification):
-        def counts(self, batch):
-            return {name: torch.ones_like(value) for name, value in super().counts(batch).items()}
-
-        def loss(self, model, batch):
-            loss, units = super().loss(model, batch), super().counts(batch)
-            return type(loss)({k: v / units[k] for k, v in loss.sums.items()}, loss.metrics)
 
     network = tagger().double()
     loader = Steps(token_items(), 8, 4, token_fields=("labels",))  # two halves of a batch, each its own mean

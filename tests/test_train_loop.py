@@ -11,7 +11,7 @@ import torch
 import yaml
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny_training import Steps, arguments, classifier, items, tagger, token_items
+from tiny_training import OwnUnits, Steps, arguments, classifier, items, tagger, token_items
 from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForSequenceClassification,
@@ -66,14 +66,6 @@ def test_accumulation_equals_the_big_batch(micro):
 
 def test_mean_of_micro_batch_means_would_not_equal_it():
     """The mutant: each micro-batch divided by its own units."""
-
-    class OwnUnits(TokenClassification):
-        def counts(self, batch):
-            return {name: torch.ones_like(value) for name, value in super().counts(batch).items()}
-
-        def loss(self, model, batch):
-            loss, units = super().loss(model, batch), super().counts(batch)
-            return type(loss)({k: v / units[k] for k, v in loss.sums.items()}, loss.metrics)
 
     whole, parts = tagger().double(), tagger().double()
     data = token_items()

@@ -11,6 +11,8 @@ import torch
 from fastbert.models import BertConfig, BertForSequenceClassification, BertForTokenClassification
 from fastbert.train.arguments import TrainArguments
 from fastbert.train.batch import TrainBatch, collate
+from fastbert.train.objectives.heads import TokenClassification
+from fastbert.train.objectives.loss import Loss
 
 VOCAB = 40
 
@@ -55,6 +57,19 @@ def tagger(dropout: float = 0.0, seed: int = 0) -> BertForTokenClassification:
     """A model that labels tokens."""
     torch.manual_seed(seed)
     return BertForTokenClassification(config(dropout, num_labels=3))
+
+
+class OwnUnits(TokenClassification):
+    """A mutant: each micro-batch divided by its own units, where the whole step's count belongs."""
+
+    def counts(self, batch: TrainBatch) -> dict[str, torch.Tensor]:
+        """One unit a micro-batch."""
+        return {name: torch.ones_like(value) for name, value in super().counts(batch).items()}
+
+    def loss(self, model: Any, batch: TrainBatch) -> Loss:
+        """The mean of the micro-batch."""
+        loss, units = super().loss(model, batch), super().counts(batch)
+        return type(loss)({k: v / units[k] for k, v in loss.sums.items()}, loss.metrics)
 
 
 class Steps:
