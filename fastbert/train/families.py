@@ -44,7 +44,7 @@ def build_config(
     has half the layers of a BERT of its size.
 
     Args:
-        model_type: of `fastbert.train.pretrain_arguments.MODEL_TYPES`.
+        model_type: as in `PretrainArguments`.
         size: of `SHAPES`.
         tokenizer: says how many ids there are, and which one pads.
         seq_length: positions there must be; there are at least 512.

@@ -8,9 +8,6 @@ from typing import Literal
 from fastbert.train.arguments import TrainArguments
 from fastbert.train.options import option
 
-MODEL_TYPES = ("bert", "roberta", "albert", "distilbert", "electra", "mpnet")
-SIZES = ("tiny", "mini", "small", "medium", "base", "large")
-OBJECTIVES = ("mlm", "mlm+nsp", "mlm+sop", "electra", "distil")
 # What each family was pretrained with, but for BERT: RoBERTa's paper found next sentences to be of no use.
 FAMILY_OBJECTIVES = {"albert": "mlm+sop", "electra": "electra"}
 BATCH_TOKENS = 32768
