@@ -80,7 +80,8 @@ def chosen(against: str | None) -> list[str]:
     for word in against.split(","):
         found = [n for n in others if n == word or n.startswith(f"{word}-")]
         if not found:
-            raise SystemExit(f"no peer {word!r}; there are {', '.join(others)}")
+            always = f"{', '.join(OWN)} and {BASE} are measured in any case"
+            raise SystemExit(f"no peer {word!r}; there are {', '.join(others)}; {always}")
         names += [name for name in found if name not in names]
     return names
 
