@@ -108,13 +108,23 @@ def serving(path: Path) -> str:
     return "\n".join(lines)
 
 
+TABLES = {
+    "encoder": ("Texts to vectors", table),
+    "server": ("Serving", serving),
+    "training": ("Fine-tuning", training_table),
+    "pretrain": ("Pretraining", pretraining_table),
+    "gpu": ("On a GPU", gpu_table),
+}
+
+
 def render(readme: str) -> str:
     """The README with its block of numbers made anew."""
     before, rest = readme.split(BEGIN)
-    makers = {"encoder": table, "server": serving, "training": training_table, "pretrain": pretraining_table}
-    makers["gpu"] = gpu_table
-    made = [make(path) for kind, make in makers.items() for path in sorted(RESULTS.glob(f"{kind}-*.csv"))]
-    tables = "\n\n".join(table for table in made if table)
+    parts = []
+    for kind, (title, make) in TABLES.items():
+        made = [table for path in sorted(RESULTS.glob(f"{kind}-*.csv")) if (table := make(path))]
+        parts += [f"### {title}", *made] if made else []
+    tables = "\n\n".join(parts)
     return f"{before}{BEGIN}\n{tables}\n{END}{rest.split(END)[1]}"
 
 
