@@ -1,5 +1,5 @@
-"""TrainArguments: everything a training run can be told. Names and defaults are those of Hugging Face's
-`TrainingArguments` where they exist there.
+"""TrainArguments: all that a training run can be told, by the names of Hugging Face's `TrainingArguments` where it has
+them. Its defaults are others for what costs time or room: bfloat16, the log, evaluations, checkpoints.
 """
 
 from __future__ import annotations
