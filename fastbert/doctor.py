@@ -206,7 +206,7 @@ def _measure(device: str, say: Callable[[str], object]) -> dict[str, dict[str, f
     """Roofs of a device in GB/s and GFLOP/s, and tokens/s of a MiniLM-shaped encoder there, by dtype."""
     gpu = device == "cuda"
     say(f"measuring memory of {device}")
-    source = torch.randn((256 if gpu else 16) << 20, device=device)
+    source = torch.randn((64 if gpu else 16) << 20, device=device)
     target = torch.empty_like(source)
     copy = _median_seconds(lambda: target.copy_(source), device)
     measured: dict[str, dict[str, float]] = {f"{device} copy": {"gb_s": 2 * source.nbytes / copy / 1e9}}

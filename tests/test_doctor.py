@@ -130,9 +130,12 @@ def test_two_openmp_runtimes_and_too_many_threads(monkeypatch):
 
 
 def test_measured_numbers_are_of_one_run():
+    """Of the CPU, and of the GPU where there is one."""
     report = doctor.examine()
-    for dtype in ("float32", "bfloat16"):
-        row = report.measured[f"cpu {dtype}"]
+    rows = {what: row for what, row in report.measured.items() if "tokens_s" in row}
+    assert {what.split()[0] for what in rows} == set(doctor._devices())
+    assert rows.keys() >= {"cpu float32", "cpu bfloat16"}
+    for row in rows.values():
         flop_a_token = row["encoder_gflop_s"] * 1e9 / row["tokens_s"]
         assert 2 * 6 * 12 * 384**2 < flop_a_token < 1.2 * 2 * 6 * 12 * 384**2
         assert row["peak_gflop_s"] >= row["gemm_gflop_s"]
