@@ -157,12 +157,12 @@ def roofline(rows: Sequence[Row], theme: Mapping[str, str]) -> Figure | None:
     """Encoders below their two measured roofs; and the percent of the roof of each op. Only what there are rows of."""
     encoders = [r for r in rows if r["op"] == "encode"]
     ops = [r for r in rows if r["op"] != "encode" and r["mode"] == "forward" and r["dtype"] == "float32"]
-    drawn = [(draw, chosen) for draw, chosen in ((_encoder_roofs, encoders), (_op_roofs, ops)) if chosen]
+    drawn = [(panel, chosen) for panel, chosen in ((_encoder_roofs, encoders), (_op_roofs, ops)) if chosen]
     if not drawn:
         return None
     figure = Figure(figsize=(5.5 * len(drawn), 4.2), layout="constrained")
-    for (draw, chosen), axes in zip(drawn, figure.subplots(1, len(drawn), squeeze=False)[0], strict=True):
-        draw(axes, chosen, theme)
+    for (panel, chosen), axes in zip(drawn, figure.subplots(1, len(drawn), squeeze=False)[0], strict=True):
+        panel(axes, chosen, theme)
     return figure
 
 
