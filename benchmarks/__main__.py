@@ -141,7 +141,7 @@ def report(out: Path) -> bool:
     if importlib.util.find_spec("matplotlib") is None:
         print("no figures and no page: missing: pip install matplotlib")
         return False
-    from benchmarks import page, plots
+    from benchmarks import harness, page, plots
 
     rows = page.read(out)
     if not rows:
@@ -149,7 +149,7 @@ def report(out: Path) -> bool:
     plots.save(rows, out)
     (out / "index.html").write_text(page.render(rows, notes(out)), encoding="utf-8")
     for line in page.peer_wins(rows):
-        print(f"a peer wins: {line}")
+        harness.console().print(f"a peer wins: {line}", highlight=False, markup=False)
     return True
 
 
@@ -168,7 +168,10 @@ def show_changes(old: Path, new: Path) -> int:
     """What changed between two files of rows, and whether their ratios agree; 1 where something regressed."""
     from benchmarks import compare, harness
 
-    tables = compare.read(old), compare.read(new)
+    try:
+        tables = compare.read(old), compare.read(new)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     changes = compare.compare(*tables)
     if not changes:
         raise typer.BadParameter(f"{old} and {new} have no row in common")

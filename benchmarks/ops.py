@@ -29,9 +29,11 @@ def traffic(case: testing.Case, inputs: dict[str, Any], output: torch.Tensor) ->
     if case.op == "pool" and inputs["mode"] == "cls":  # of each sequence only the first token
         nbytes = output.nbytes * 2
     flop = 0
-    if case.op == "attention":
-        squares = int((inputs["cu_seqlens"].diff().long() ** 2).sum())
-        flop = 4 * squares * inputs["qkv"].shape[2] * inputs["qkv"].shape[3]
+    if case.op.startswith("attention"):
+        reach = inputs["window"] // 2 if "window" in inputs else inputs["max_seqlen"]
+        lengths = inputs["cu_seqlens"].diff().tolist()
+        pairs = sum(min(n, i + reach + 1) - max(0, i - reach) for n in lengths for i in range(n))
+        flop = 4 * pairs * inputs["qkv"].shape[2] * inputs["qkv"].shape[3]
     return nbytes, flop
 
 

@@ -285,6 +285,8 @@ BENCHMARK_CASES: list[Case] = [
     Case("attention", "minilm_short", _attention([16] * 64, 12, 32)),
     Case("attention", "bert_base_mix", _attention(_MIX, 12, 64)),
     Case("attention", "bert_base_512", _attention([512] * 2, 12, 64)),
+    Case("attention_rel_bias", "mpnet_mix", _attention_rel_bias(_MIX, 12, 64, 128)),
+    Case("attention_window", "bert_base_512", _attention_window([512] * 2, 12, 64, 128)),
     Case("add_layer_norm", "minilm_mix", _add_layer_norm(sum(_MIX), 384)),
     Case("add_layer_norm", "bert_base_dropout", _add_layer_norm(sum(_MIX), 768, p=0.1)),
     Case("gelu", "minilm_mix", _gelu(sum(_MIX), 1536)),

@@ -16,6 +16,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import typer
 from rich.console import Console
 
 from benchmarks import __main__ as suite
@@ -65,6 +66,10 @@ def test_traffic_is_counted():
     nbytes, flop = ops.traffic(case, inputs, inputs["qkv"][:, 0])
     assert flop == 4 * (128**2 + 7**2 + 40**2) * 12 * 64
     assert nbytes == 4 * 175 * 12 * 64 * (3 + 1) + 4 * 4
+    seen = sum(abs(i - j) <= 32 for n in (140, 7, 40) for i in range(n) for j in range(n))
+    case = next(c for c in testing.CASES if str(c) == "attention_window-bert_base")
+    inputs = case.inputs(torch.float32)
+    assert ops.traffic(case, inputs, inputs["qkv"][:, 0])[1] == 4 * seen * 12 * 64
 
 
 def test_variants_take_turns():
@@ -465,6 +470,20 @@ def test_tables_fit_a_terminal_of_80_columns():
     assert max(map(len, lines)) <= 80
 
 
+def test_a_slower_list_is_found_among_hundreds_of_rows():
+    rng = np.random.default_rng(0)
+    keys = [("encode", f"list-{i}", "fastbert", "throughput", "int8") for i in range(200)]
+    old, new = ({key: (5 * (1 + 0.02 * rng.standard_normal(4))).tolist() for key in keys} for _ in range(2))
+    assert not any(change.regressed for change in compare.compare(old, new))
+    new[keys[7]] = [1.3 * ms for ms in new[keys[7]]]
+    assert [change.key for change in compare.compare(old, new) if change.regressed] == [keys[7]]
+
+
+def test_what_is_no_file_of_rows_is_said(tmp_path):
+    with pytest.raises(typer.BadParameter, match=r"there is no file .*absent\.csv"):
+        suite.show_changes(tmp_path / "absent.csv", tmp_path / "absent.csv")
+
+
 def test_a_run_that_was_more_often_slow_is_no_regression():
     key = ("gelu", "here", "native", "training", "float32")
     fast, slow = np.linspace(1.0, 1.02, 20).tolist(), np.linspace(1.3, 1.32, 20).tolist()
@@ -477,8 +496,10 @@ def test_a_run_that_was_more_often_slow_is_no_regression():
 
 def test_few_rounds_or_noise_prove_nothing():
     key = ("encode", "query-1x9", "fastbert", "batch1", "float32")
-    (change,) = compare.compare({key: [1.0, 1.1, 1.2]}, {key: [1.5, 1.6, 1.7]})
+    (change,) = compare.compare({key: [1.0, 1.3, 1.2]}, {key: [1.4, 1.6, 1.3]})
     assert not change.regressed
+    (change,) = compare.compare({key: [1.0, 1.0]}, {key: [1.5, 1.5]})
+    assert not change.regressed, "two samples know no spread"
     assert compare.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
 
 
