@@ -7,13 +7,15 @@ import dataclasses
 import os
 import subprocess
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import fastbert
-from fastbert import native, use_backend
+from fastbert import machine, native, use_backend
 from fastbert.engine import choice, cpu, use_engine
 from fastbert.hub import DEFAULT_MODEL, resolve
 from fastbert.models.activations import activation
@@ -115,8 +117,9 @@ def assert_engine_within_budget(model: EncoderModel, batch: PackedBatch) -> None
 
 
 @pytest.fixture
-def threads():
-    """Sets the number of threads, and puts it back."""
+def threads(monkeypatch):
+    """Sets the number of threads, however many cores there are, and puts it back."""
+    monkeypatch.setattr(machine, "cpu", lambda: machine.Cpu("many cores", "", (), 64, 64, None))
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -434,6 +437,22 @@ def test_threads_and_batches_change_no_bit(name, lengths, dtype, threads):
         assert torch.equal(engine_run(model, pack([ids.tolist()], kinds, model.position_offset)), part)
 
 
+@pytest.mark.parametrize(
+    ("affinity", "quota", "asked", "expected"),
+    [(8, None, 5, 5), (8, None, 1, 1), (3, None, 5, 3), (8, 1.5, 5, 2), (8, 0.2, 5, 1)],
+)
+def test_threads_are_those_asked_for_that_have_a_core(affinity, quota, asked, expected, threads, monkeypatch):
+    monkeypatch.setattr(machine, "cpu", lambda: machine.Cpu("x", "", (), 8, affinity, quota))
+    model = build("bert")
+    engine_run(model, batch_of(model))
+    given = []
+    monkeypatch.setattr(choice._compiled[model], "_encoder", SimpleNamespace(forward=lambda *args: given.append(args[6])))
+    threads(asked)  # after the model was packed
+    engine_run(model, batch_of(model))
+    assert given == [expected]
+    assert f" {expected} threads, " in _plan(model)
+
+
 def test_permuting_sequences_permutes_results():
     model = build("electra")
     batch = batch_of(model)
@@ -448,6 +467,19 @@ def test_permuting_sequences_permutes_results():
 def test_batches_at_the_edge(lengths):
     model = build("bert")
     assert_engine_within_budget(model, batch_of(model, lengths))
+
+
+def test_shared_weights_are_packed_once():
+    def packed(layers: int) -> int:
+        sizes = SMALL | {"num_hidden_layers": layers, "embedding_size": 20}
+        return cpu.compile(fastbert.AlbertModel(fastbert.AlbertConfig(**sizes)).eval()).nbytes
+
+    assert packed(12) == packed(1)
+    assert cpu.compile(_deep(2)).nbytes > cpu.compile(_deep(1)).nbytes
+
+
+def _deep(layers: int) -> EncoderModel:
+    return fastbert.BertModel(fastbert.BertConfig(**SMALL | {"num_hidden_layers": layers})).eval()
 
 
 def test_a_batch_without_tokens():
@@ -717,6 +749,35 @@ def test_the_engine_steps_aside(change, words):
             expected = model.forward_packed(batch_of(model))
     if not model.training and change is not _inner_training:
         assert torch.equal(out, expected)
+
+
+def test_a_model_past_the_engine_is_warned_about_once():
+    model = build("bert")
+    _other_activation(model)
+    choice._warn.cache_clear()
+    with pytest.warns(UserWarning, match=r"chain of ops, slower than on an engine: .*has an activation"):
+        with torch.no_grad():
+            model.forward_packed(batch_of(model))
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        model.forward_packed(batch_of(model))
+        with use_engine("off"):
+            build("bert").forward_packed(batch_of(model))
+    choice._warn.cache_clear()
+    with warnings.catch_warnings(), use_engine("off"), torch.no_grad():
+        warnings.simplefilter("error")  # who asks for ops is not told that they are slower
+        model.forward_packed(batch_of(model))
+
+
+def test_a_configuration_that_asks_for_more_is_in_the_plan():
+    model = build("bert")
+    assert "padded calls as ops" not in _plan(model)
+    for name in ("output_hidden_states", "output_attentions"):
+        config = fastbert.BertConfig(**SMALL, **{name: True})
+        assert _plan(fastbert.BertModel(config).eval()).startswith("cpu engine: float32")
+        assert _plan(fastbert.BertModel(config).eval()).endswith(
+            "; padded calls as ops: the configuration asks for more than the last layer"
+        )
 
 
 def test_circumstances_step_aside():
