@@ -126,22 +126,24 @@ struct Frozen {
   int64_t words, positions, types;
 
   void forward(Arg input_ids_, Arg position_ids_, Arg type_ids_, Arg cu_seqlens_, Arg out_, int64_t max_seqlen,
-               int num_threads, const std::optional<PoolMode>& mode) {
+               int num_threads, const std::optional<PoolMode>& mode, bool unit) {
     VIEW(input_ids); VIEW(position_ids); VIEW(type_ids); VIEW(cu_seqlens); VIEW(out);
     const int64_t T_ = input_ids.expect_ndim(1).numel();
     for (const View* v : {&input_ids, &position_ids, &type_ids}) v->expect(Dtype::int64, {T_});
     const int64_t S = check_cu_seqlens(cu_seqlens, T_, max_seqlen);
-    out.expect(dtype_of<Stored<T>>(), {mode ? S : T_, encoder.hidden_size()});
+    out.expect(unit ? Dtype::float32 : dtype_of<Stored<T>>(), {mode ? S : T_, encoder.hidden_size()});
+    if (unit && !mode) throw py::value_error("vectors of length 1 need a pooling mode");
     check_ids(input_ids, "input_ids", words);
     check_ids(position_ids, "position_ids", positions);
     if (type_ids.present() && types) check_ids(type_ids, "type_ids", types);
     const Tokens tokens{input_ids, position_ids, type_ids.present() ? static_cast<const int64_t*>(type_ids) : nullptr,
                         cu_seqlens, 0, S};
-    Stored<T>* to = out;
+    Stored<T>* to = unit ? nullptr : static_cast<Stored<T>*>(out);
+    float* unit_to = unit ? static_cast<float*>(out) : nullptr;
     const int threads = num_threads < 1 ? 1 : num_threads;
     const py::gil_scoped_release nogil;
     if (mode)
-      encoder.forward_pooled(tokens, max_seqlen, *mode, to, threads);
+      encoder.forward_pooled(tokens, max_seqlen, *mode, to, unit_to, threads);
     else
       encoder.forward(tokens, max_seqlen, to, threads);
   }
@@ -165,14 +167,14 @@ class Either {
     else
       frozen_ = std::make_unique<Frozen<bf16>>(read<bf16>(weights));
   }
-  // Hidden states to out (T, D); given a pooling mode, vectors to out (S, D).
+  // Hidden states to out (T, D); given a pooling mode, vectors to out (S, D); of length 1 and in fp32 if `unit`.
   void forward(Arg input_ids, Arg position_ids, Arg type_ids, Arg cu_seqlens, Arg out, int64_t max_seqlen,
-               int num_threads, const std::optional<std::string>& pooling) {
+               int num_threads, const std::optional<std::string>& pooling, bool unit) {
     std::optional<PoolMode> mode;
     if (pooling) mode = pool_mode(*pooling);
     std::visit(
         [&](auto& f) {
-          f->forward(input_ids, position_ids, type_ids, cu_seqlens, out, max_seqlen, num_threads, mode);
+          f->forward(input_ids, position_ids, type_ids, cu_seqlens, out, max_seqlen, num_threads, mode, unit);
         },
         frozen_);
   }
@@ -234,7 +236,7 @@ void bind_encoder(py::module_& m) {
       .def(py::init<const py::dict&, bool>(), py::arg("weights"), py::arg("high") = false)
       .def("forward", &Either::forward, py::arg("input_ids"), py::arg("position_ids"), py::arg("type_ids"),
            py::arg("cu_seqlens"), py::arg("out"), py::arg("max_seqlen"), py::arg("num_threads"),
-           py::arg("pooling") = py::none())
+           py::arg("pooling") = py::none(), py::arg("unit") = false)
       .def_property_readonly("nbytes", &Either::nbytes);
   m.def("has_fours", &has_fours);
   m.def("has_split", &has_split);

@@ -241,15 +241,17 @@ void Encoder<T>::forward(const Tokens& tokens, std::int64_t max_seqlen, Stored<T
 
 template <class T>
 void Encoder<T>::forward_pooled(const Tokens& tokens, std::int64_t max_seqlen, PoolMode mode, Stored<T>* out,
-                                int num_threads) {
-  const std::int64_t S = tokens.last, T_ = tokens.cu_seqlens[S], D = weights_.D;
-  const std::int64_t places = mode == PoolMode::max ? S * D * sizeof(std::int32_t) : 0;
-  const std::int64_t hidden_bytes = round_up(T_ * D * sizeof(Stored<T>), 64);
-  Memory memory = borrow(hidden_bytes + places);
+                                float* unit, int num_threads) {
+  const std::int64_t S = tokens.last, D = weights_.D;
+  const std::int64_t hidden_bytes = round_up(tokens.cu_seqlens[S] * D * sizeof(Stored<T>), 64);
+  const std::int64_t place_bytes = mode == PoolMode::max ? round_up(S * D * sizeof(std::int32_t), 64) : 0;
+  Memory memory = borrow(hidden_bytes + place_bytes + (unit ? S * D * sizeof(Stored<T>) : 0));
   auto* hidden = reinterpret_cast<Stored<T>*>(memory.get());
   forward(tokens, max_seqlen, hidden, num_threads);
-  auto* argmax = places ? reinterpret_cast<std::int32_t*>(memory.get() + hidden_bytes) : nullptr;
+  auto* argmax = place_bytes ? reinterpret_cast<std::int32_t*>(memory.get() + hidden_bytes) : nullptr;
+  if (unit) out = reinterpret_cast<Stored<T>*>(memory.get() + hidden_bytes + place_bytes);
   kernels<Stored<T>>().pool_fwd(hidden, tokens.cu_seqlens, out, argmax, S, D, mode);
+  if (unit) kernels<Stored<T>>().l2_normalize_fwd(out, unit, S, D);
   give_back(std::move(memory));
 }
 

@@ -74,8 +74,9 @@ class Encoder {
   // Hidden states (T, D) of a batch of S sequences. Several threads may call it at once.
   void forward(const Tokens& tokens, std::int64_t max_seqlen, Stored<T>* out, int num_threads);
 
-  // The same pooled, out (S, D); hidden states stay in an arena.
-  void forward_pooled(const Tokens& tokens, std::int64_t max_seqlen, PoolMode mode, Stored<T>* out, int num_threads);
+  // The same pooled, to one of two arrays (S, D): as it is, or of length 1. Hidden states stay in an arena.
+  void forward_pooled(const Tokens& tokens, std::int64_t max_seqlen, PoolMode mode, Stored<T>* out, float* unit,
+                      int num_threads);
 
   std::int64_t hidden_size() const { return weights_.D; }
   std::int64_t nbytes() const { return static_cast<std::int64_t>(panels_.nbytes()); }

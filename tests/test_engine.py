@@ -21,7 +21,7 @@ from fastbert.hub import DEFAULT_MODEL, resolve
 from fastbert.models.activations import activation
 from fastbert.models.encoder import EncoderModel
 from fastbert.models.quantize import Int8Linear, quantize_int8
-from fastbert.ops import pool
+from fastbert.ops import l2_normalize, pool
 from fastbert.ops.pool import MODES
 from fastbert.packing import PackedBatch, pack
 from fastbert.testing import assert_within_budget
@@ -385,10 +385,10 @@ def _rel_bias_transposed(monkeypatch):
 def _boundary_off_by_one(monkeypatch):
     run = cpu.Engine.run
 
-    def shifted(self, batch, pooling=None):
+    def shifted(self, batch, *pooling):
         cu = batch.cu_seqlens.clone()
         cu[1] += 1
-        return run(self, dataclasses.replace(batch, cu_seqlens=cu), pooling)
+        return run(self, dataclasses.replace(batch, cu_seqlens=cu), *pooling)
 
     monkeypatch.setattr(cpu.Engine, "run", shifted)
 
@@ -487,21 +487,27 @@ def test_a_batch_without_tokens():
     assert engine_run(model, pack([[], []])).shape == (0, 48)
 
 
+@pytest.mark.parametrize("unit", [False, True], ids=["pooled", "unit"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_vectors_are_the_pooled_hidden_states(mode, dtype):
+def test_vectors_are_the_pooled_hidden_states(mode, dtype, unit):
     model = build("bert").to(dtype)
     batch = batch_of(model)
+
+    def pooled() -> torch.Tensor:
+        vectors = pool(model.forward_packed(batch), batch.cu_seqlens, mode)
+        return l2_normalize(vectors) if unit else vectors
+
     with torch.inference_mode():
-        vectors = model.pool_packed(batch, mode)
-        assert torch.equal(vectors, pool(engine_run(model, batch), batch.cu_seqlens, mode))
+        vectors = model.pool_packed(batch, mode, unit)
+        assert _plan(model).startswith("cpu engine: ")
+        assert torch.equal(vectors, pooled())
+        assert vectors.dtype == (torch.float32 if unit else dtype)
         with use_engine("off"):
-            assert torch.equal(
-                model.pool_packed(batch, mode), pool(model.forward_packed(batch), batch.cu_seqlens, mode)
-            )
+            assert torch.equal(model.pool_packed(batch, mode, unit), pooled())
     assert not vectors[LENGTHS.index(0)].any()
     assert vectors.abs().sum(-1).count_nonzero() == len(LENGTHS) - 1
-    assert model.pool_packed(batch, mode).requires_grad, "where autograd records, it runs on ops"
+    assert model.pool_packed(batch, mode, unit).requires_grad, "where autograd records, it runs on ops"
 
 
 def test_pooling_takes_known_modes_and_a_row_a_sequence():
@@ -513,6 +519,8 @@ def test_pooling_takes_known_modes_and_a_row_a_sequence():
     given = (batch.input_ids, batch.position_ids, None, batch.cu_seqlens)
     with pytest.raises(ValueError, match="out"):
         engine._encoder.forward(*given, torch.empty(batch.num_tokens, 48), batch.max_seqlen, 1, "mean")
+    with pytest.raises(ValueError, match="vectors of length 1 need a pooling mode"):
+        engine.run(batch, None, True)
 
 
 def test_fully_masked_rows_give_zeros():

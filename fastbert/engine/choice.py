@@ -93,9 +93,12 @@ def _engine(model: EncoderModel) -> Engine | str:
         return made
 
 
-def run(model: EncoderModel, batch: PackedBatch, pooling: str | None = None) -> torch.Tensor | None:
+def run(
+    model: EncoderModel, batch: PackedBatch, pooling: str | None = None, unit: bool = False
+) -> torch.Tensor | None:
     """Hidden states (T, D) of the last layer, or None where the call must run as ops. A mode of `ops.pool` asks for
-    vectors (S, D) instead, which the CPU's engine makes in the same call: None from others.
+    vectors (S, D) instead, of length 1 (and fp32) if `unit`, which the CPU's engine makes in the same call: None from
+    others.
 
     Raises:
         IndexError: ids outside a table.
@@ -108,7 +111,7 @@ def run(model: EncoderModel, batch: PackedBatch, pooling: str | None = None) -> 
         return None
     engine = _engine(model)
     if isinstance(engine, cpu.Engine):
-        return engine.run(batch, pooling)
+        return engine.run(batch, pooling, unit)
     if isinstance(engine, str):
         _warn(engine)
         return None

@@ -175,19 +175,20 @@ class Engine:
         was packed. Threads without a core would be waited for at every stage."""
         return min(torch.get_num_threads(), self._cores)
 
-    def run(self, batch: PackedBatch, pooling: str | None = None) -> torch.Tensor:
-        """PackedBatch on the CPU -> hidden states (T, D) of the last layer; with a mode of `ops.pool`, vectors (S, D).
+    def run(self, batch: PackedBatch, pooling: str | None = None, unit: bool = False) -> torch.Tensor:
+        """PackedBatch on the CPU -> hidden states (T, D) of the last layer; with a mode of `ops.pool`, vectors (S, D),
+        which `unit` makes fp32 and of length 1.
 
         Raises:
             IndexError: ids outside a table.
-            ValueError: `cu_seqlens` or `max_seqlen` that do not fit the tokens.
+            ValueError: `cu_seqlens` or `max_seqlen` that do not fit the tokens; `unit` without a mode.
         """
         rows = batch.num_tokens if pooling is None else batch.num_sequences
-        out = torch.empty(rows, self._width, dtype=self.dtype)
+        out = torch.empty(rows, self._width, dtype=torch.float32 if unit else self.dtype)
         types = None if batch.type_ids is None or not self._has_types else batch.type_ids.contiguous()
         self._encoder.forward(
             batch.input_ids.contiguous(), batch.position_ids.contiguous(), types, batch.cu_seqlens.contiguous(),
-            out, batch.max_seqlen, self.num_threads, pooling,
+            out, batch.max_seqlen, self.num_threads, pooling, unit,
         )  # fmt: skip
         return out
 
