@@ -42,9 +42,10 @@ const T* vector(Arg tensor, const char* name, int64_t size) {
   return view.present() ? static_cast<const T*>(view) : nullptr;
 }
 
-// (weight (out, in), bias (out) or None), and of 8-bit weights (..., scale (out), fours); out < 0 takes any.
+// (weight (out, in), bias (out) or None), and of 8-bit weights (..., scale (out), leading rows whose activations have 8
+// bits: whole ones of num_parts parts); out < 0 takes any.
 template <class T>
-LinearSource<T> linear(Arg tuple, const char* name, int64_t out, int64_t in) {
+LinearSource<T> linear(Arg tuple, const char* name, int64_t out, int64_t in, int64_t num_parts = 1) {
   const auto parts = py::cast<py::tuple>(tuple);
   const std::size_t count = std::is_same_v<T, std::int8_t> ? 4 : 2;
   if (parts.size() != count) throw py::value_error(std::string(name) + " needs " + std::to_string(count) + " parts");
@@ -55,7 +56,10 @@ LinearSource<T> linear(Arg tuple, const char* name, int64_t out, int64_t in) {
   if constexpr (std::is_same_v<T, std::int8_t>) {
     source.scales = vector<float>(parts[2], name, rows);
     if (source.scales == nullptr) throw py::value_error(std::string(name) + " needs a scale for each row");
-    source.fours = py::cast<bool>(parts[3]);
+    source.fours = py::cast<int64_t>(parts[3]);
+    if (source.fours < 0 || source.fours > rows || source.fours * num_parts % rows)
+      throw py::value_error(std::string(name) + " takes activations of 8 bits in " + std::to_string(source.fours) +
+                            " of " + std::to_string(rows) + " rows, which is no whole number of its parts");
   }
   return source;
 }
@@ -88,7 +92,7 @@ EncoderSource<T> read(const py::dict& weights) {
     const auto layer = py::cast<py::dict>(item);
     const auto intermediate = linear<T>(layer["intermediate"], "intermediate", F, D);
     F = intermediate.weight.rows;
-    source.layers.push_back({linear<T>(layer["qkv"], "qkv", 3 * D, D), linear<T>(layer["dense"], "dense", D, D),
+    source.layers.push_back({linear<T>(layer["qkv"], "qkv", 3 * D, D, 3), linear<T>(layer["dense"], "dense", D, D),
                              intermediate, linear<T>(layer["output"], "output", D, F),
                              norm<Stored<T>>(layer["attention_norm"], "attention_norm", D),
                              norm<Stored<T>>(layer["output_norm"], "output_norm", D)});

@@ -69,6 +69,16 @@ MODELS = {
     "heads-of-64": lambda: _sized(128, 2, 300),
     "deep": lambda: _sized(400, 5, 801),
 }
+SENTENCES = [
+    "The committee will publish its final report in the first week of May.",
+    "She repaired the old radio with parts from a broken clock.",
+    "Rain is expected in the north, with strong winds along the coast.",
+    "How do I reset the password of my account?",
+    "The enzyme loses its activity at temperatures above forty degrees.",
+    "Profits fell by a third after the company lost its largest customer.",
+    "Children under twelve travel free when they are accompanied by an adult.",
+    "The painting was sold to a museum in Vienna shortly before the war.",
+]
 HALF_PRODUCTS = ("avx512bf16", "amx", "amxemulated")  # multiply bf16
 LENGTHS = [5, 1, 0, 24, 7, 33, 16, 17, 70]
 
@@ -149,21 +159,29 @@ def test_real_weights_are_within_budget(dtype, minilm):
 
 
 class _Rounded(torch.nn.Module):
-    def __init__(self, linear: Int8Linear, bits: int | None, coarse: bool, block: int = 384) -> None:
+    """`narrow` leading outputs take an input of 8 bits, the others one of 16; None takes it as it is."""
+
+    def __init__(self, linear: Int8Linear, narrow: int | None, coarse: bool, block: int = 384) -> None:
         super().__init__()
         self.coarse = coarse
         self.register_buffer("weight", linear.weight.double() * linear.weight_scale.double()[:, None])
         self.register_buffer("bias", linear.bias)
-        self.bits, self.block = bits, block
+        self.narrow, self.block = narrow, block
 
     def forward(self, x):
-        if self.bits is not None:
-            x = torch.cat([self.round(part) for part in x.split(self.block, dim=1)], 1)
-        y = torch.nn.functional.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+        y = torch.cat([self.product(x, 8, slice(self.narrow)), self.product(x, 16, slice(self.narrow, None))], 1)
         return y.bfloat16().to(y.dtype) if self.coarse else y
 
-    def round(self, x):
-        scale = x.abs().amax(1, keepdim=True) / (2 ** (self.bits - 1) - 1)
+    def product(self, x, bits, rows):
+        if self.narrow is None:
+            rows = slice(None) if bits == 16 else slice(0)
+        else:
+            x = torch.cat([self.round(part, bits) for part in x.split(self.block, dim=1)], 1)
+        return torch.nn.functional.linear(x, self.weight[rows].to(x.dtype), self.bias[rows].to(x.dtype))
+
+    @staticmethod
+    def round(x, bits):
+        scale = x.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
         return (x / torch.where(scale == 0, 1.0, scale)).round() * scale
 
 
@@ -174,7 +192,8 @@ def _specified(model: EncoderModel, rounded: bool, bits: int | None) -> EncoderM
         for name, child in list(parent.named_children()):
             if isinstance(child, Int8Linear):
                 coarse = rounded and name == "qkv" and native.isa() in HALF_PRODUCTS
-                setattr(parent, name, _Rounded(child, (bits or child.activation_bits) if rounded else None, coarse))
+                narrow = None if not rounded else 0 if bits == 16 else child.num_narrow
+                setattr(parent, name, _Rounded(child, narrow, coarse))
     return twin
 
 
@@ -190,9 +209,9 @@ def assert_int8_within_budget(model: EncoderModel, batch: PackedBatch, bits: int
 @pytest.fixture(params=[16, None], ids=["pairs", "fours"])
 def bits(request, monkeypatch):
     """Bits of activations: 16 in every layer, or each layer's own as on a CPU that multiplies 8 bits faster."""
-    own = cpu._activation_bits
-    monkeypatch.setattr(cpu, "_activation_bits", lambda linear: request.param or linear.activation_bits)
-    assert own(Int8Linear(torch.nn.Linear(3, 3), 8)) == (8 if native.require().has_fours() else 16)
+    own = cpu._num_narrow
+    monkeypatch.setattr(cpu, "_num_narrow", lambda linear: 0 if request.param else linear.num_narrow)
+    assert own(Int8Linear(torch.nn.Linear(3, 3), 2)) == (2 if native.require().has_fours() else 0)
     return request.param
 
 
@@ -220,7 +239,7 @@ def _weights_off_by_one(model, monkeypatch):
 
 
 def _eight_bits_for_sixteen(model, monkeypatch):
-    monkeypatch.setattr(cpu, "_activation_bits", lambda linear: 8)
+    monkeypatch.setattr(cpu, "_num_narrow", lambda linear: len(linear.weight))
 
 
 def _int8_bias_dropped(model, monkeypatch):
@@ -232,7 +251,7 @@ def _int8_bias_dropped(model, monkeypatch):
 )
 def test_int8_mutant_fails(mutate, bits, monkeypatch):
     if mutate is _eight_bits_for_sixteen and bits is None:
-        pytest.skip("most layers have 8 bits there")
+        pytest.skip("most layers have 8 bits there; test_values_keep_more_bits_than_queries_and_keys has it")
     model = quantize_int8(build("bert"))
     batch = batch_of(model)
     specification = copy.deepcopy(model)
@@ -242,6 +261,32 @@ def test_int8_mutant_fails(mutate, bits, monkeypatch):
         exact = _specified(specification, False, bits).double().forward_packed(batch)
     with pytest.raises(AssertionError, match="budget"):
         assert_within_budget(engine_run(model, batch), same, exact)
+
+
+def test_values_keep_more_bits_than_queries_and_keys(minilm, monkeypatch):
+    """On real weights: what 8 bits cost is halved by 16 bits for the values, and they are the right third of `qkv`."""
+    monkeypatch.setattr(cpu, "_num_narrow", lambda linear: linear.num_narrow)
+    ids = fastbert.Embedder.from_pretrained(minilm, "float32", device="cpu").tokenizer.encode(SENTENCES).ids
+
+    def vectors(sensitive: tuple[str, ...] | None) -> torch.Tensor:
+        model = fastbert.BertModel.from_pretrained(minilm, dtype=torch.float32, add_pooling_layer=False)
+        if sensitive is not None:
+            quantize_int8(model, sensitive)
+            assert model.encoder.layer[0].attention.qkv.num_narrow == {"values": 768, "qkv": 0}.get(*sensitive, 1152)
+        with torch.inference_mode():
+            return model.pool_packed(pack(ids), "mean", unit=True)
+
+    exact = vectors(None)
+    lost = {name: 1 - (vectors((name,)) * exact).sum(1).mean() for name in ("qkv", "values", "nothing")}
+    assert lost["values"] < 0.6 * lost["nothing"], lost
+    assert lost["values"] < 1.2 * lost["qkv"], lost
+
+
+def test_bits_are_of_whole_parts():
+    model = quantize_int8(build("bert"))
+    model.encoder.layer[0].attention.qkv.num_narrow = 95
+    with torch.no_grad(), pytest.raises(ValueError, match="qkv takes activations of 8 bits in 95 of 144 rows"):
+        cpu.compile(model)
 
 
 def test_a_large_value_hurts_its_own_block_only(bits):
@@ -315,7 +360,7 @@ for name in t.MODELS:
         model = t.build(name).to(dtype)
         t.assert_engine_within_budget(model, t.batch_of(model))
 for bits in (16, None):
-    t.cpu._activation_bits = lambda linear: bits or linear.activation_bits
+    t.cpu._num_narrow = lambda linear: 0 if bits else linear.num_narrow
     for name in t.MODELS:
         model = t.quantize_int8(t.build(name))
         t.assert_int8_within_budget(model, t.batch_of(model), bits)

@@ -48,17 +48,17 @@ def _refusal(parts: tuple[nn.Module, ...]) -> str | None:
 
 
 def _linear(linear: nn.Module) -> tuple[Any, ...]:
-    """(weight, bias), and of 8-bit weights (..., scale, whether activations have 8 bits too)."""
+    """(weight, bias), and of 8-bit weights (..., scale, leading outputs whose activations have 8 bits too)."""
     if isinstance(linear, Int8Linear):
         assert linear.bias is not None
-        return linear.weight.contiguous(), linear.bias, linear.weight_scale, _activation_bits(linear) == 8
+        return linear.weight.contiguous(), linear.bias, linear.weight_scale, _num_narrow(linear)
     assert isinstance(linear, nn.Linear)
     return linear.weight.detach().contiguous(), linear.bias.detach().contiguous()
 
 
-def _activation_bits(linear: Int8Linear) -> int:
+def _num_narrow(linear: Int8Linear) -> int:
     """16 bits are no slower than 8 on a CPU that has no instruction for 8."""
-    return linear.activation_bits if native.require().has_fours() else 16
+    return linear.num_narrow if native.require().has_fours() else 0
 
 
 def _norm(norm: nn.LayerNorm) -> tuple[torch.Tensor, torch.Tensor, float]:
