@@ -23,8 +23,15 @@ from fastbert.models.quantize import loaded_dtype, quantize
 from fastbert.ops import l2_normalize
 from fastbert.packing import PackedBatch, pack, token_batches
 from fastbert.progress import progress
-from fastbert.sentence_folder import SIMILARITIES, Dense, SentenceFolder, finished, scales_first
-from fastbert.sentence_folder import read_folder, write_folder
+from fastbert.sentence_folder import (
+    SIMILARITIES,
+    Dense,
+    SentenceFolder,
+    finished,
+    read_folder,
+    scales_first,
+    write_folder,
+)
 from fastbert.tokenizer import Text, Tokenizer
 from fastbert.vectors import Collector, Vectors, quantize_vectors, similarity, similarity_pairwise
 from fastbert.weights import read_json
@@ -209,8 +216,8 @@ class Embedder:
         return self.pool(hidden_TD, cu_seqlens, prompt_length), hidden_TD
 
     def pool(self, hidden_TD: torch.Tensor, cu_seqlens: torch.Tensor, prompt_length: int = 0) -> torch.Tensor:
-        """(T, D), (S + 1) -> (S, len(modes) * D), without the `prompt_length` first tokens where the model leaves prompts
-        out; of length 1 where its modules begin with that. `sentence_folder.finished` goes on."""
+        """(T, D), (S + 1) -> (S, len(modes) * D), without the `prompt_length` first tokens where the model leaves
+        prompts out; of length 1 where its modules begin with that. `sentence_folder.finished` goes on."""
         pooled_SD = self.pooling(hidden_TD, cu_seqlens, prompt_length)
         return l2_normalize(pooled_SD) if scales_first(self.modules) else pooled_SD
 

@@ -491,7 +491,9 @@ def test_threads_are_those_asked_for_that_have_a_core(affinity, quota, asked, ex
     model = build("bert")
     engine_run(model, batch_of(model))
     given = []
-    monkeypatch.setattr(choice._compiled[model], "_encoder", SimpleNamespace(forward=lambda *args: given.append(args[6])))
+    monkeypatch.setattr(
+        choice._compiled[model], "_encoder", SimpleNamespace(forward=lambda *args: given.append(args[6]))
+    )
     threads(asked)  # after the model was packed
     engine_run(model, batch_of(model))
     assert given == [expected]
@@ -808,9 +810,9 @@ def test_a_model_past_the_engine_is_warned_about_once():
     model = build("bert")
     _other_activation(model)
     choice._warn.cache_clear()
-    with pytest.warns(UserWarning, match=r"chain of ops, slower than on an engine: .*has an activation"):
-        with torch.no_grad():
-            model.forward_packed(batch_of(model))
+    slower = pytest.warns(UserWarning, match=r"chain of ops, slower than on an engine: .*has an activation")
+    with slower, torch.no_grad():
+        model.forward_packed(batch_of(model))
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("error")
         model.forward_packed(batch_of(model))

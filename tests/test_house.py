@@ -60,7 +60,7 @@ BUDGETS = {
     "weights.py": 230,
     "kernels/attention.py": 400,
     "testing.py": 300,
-    "embedder.py": 430,
+    "embedder.py": 435,
     "corpus.py": 400,
 }
 

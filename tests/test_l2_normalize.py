@@ -1,4 +1,4 @@
-"""Scaling vectors to length 1: the kernel of every instruction set against fp64, and what must not depend on a batch."""
+"""Scaling vectors to length 1: every instruction set against fp64, and what must not depend on a batch."""
 
 from __future__ import annotations
 

@@ -93,9 +93,7 @@ def _engine(model: EncoderModel) -> Engine | str:
         return made
 
 
-def run(
-    model: EncoderModel, batch: PackedBatch, pooling: str | None = None, unit: bool = False
-) -> torch.Tensor | None:
+def run(model: EncoderModel, batch: PackedBatch, pooling: str | None = None, unit: bool = False) -> torch.Tensor | None:
     """Hidden states (T, D) of the last layer, or None where the call must run as ops. A mode of `ops.pool` asks for
     vectors (S, D) instead, of length 1 (and fp32) if `unit`, which the CPU's engine makes in the same call: None from
     others.
