@@ -1,7 +1,8 @@
 // The tile of matrix products with 8-bit weights, and how activations become the integers that it takes.
 //
-// Rows of activations are cut into blocks of the depth, each with a scale of its own, max|x| / levels, of which max|x|
-// is kept with the row and the levels are in the scale of an output channel's weights. The sums of a block are exact, so neither batch, threads nor instruction set change them.
+// Rows of activations are cut into blocks of the depth, each with a scale of its own, max|x| / levels; a weight has the
+// scale of its output channel. A row keeps max|x|, the levels are in the weights' scale. The sums of a block are exact,
+// so neither batch, threads nor instruction set change them.
 #pragma once
 #include "cpu/gemm.h"
 
