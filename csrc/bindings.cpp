@@ -186,6 +186,13 @@ void pool_bwd(Arg dout_, Arg cu_seqlens_, Arg argmax_, Arg dhidden_, const std::
   launch(dout, [&](auto& k) { k.pool_bwd(dout, cu_seqlens, argmax, dhidden, S, D, mode); });
 }
 
+void l2_normalize_fwd(Arg x_, Arg y_) {
+  VIEW(x); VIEW(y);
+  const int64_t S = x.expect_float().expect_ndim(2).size(0), D = x.columns();
+  y.expect(Dtype::float32, {S, D});
+  launch(x, [&](auto& k) { k.l2_normalize_fwd(x, y, S, D); });
+}
+
 void cross_entropy_fwd(Arg logits_, Arg labels_, Arg losses_, Arg lse_, int64_t ignore_index) {
   VIEW(logits); VIEW(labels); VIEW(losses); VIEW(lse);
   const int64_t M = logits.expect_float().expect_ndim(2).size(0), V = logits.columns();
@@ -250,6 +257,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("attention_bwd", &attention_bwd);
   m.def("pool_fwd", &pool_fwd);
   m.def("pool_bwd", &pool_bwd);
+  m.def("l2_normalize_fwd", &l2_normalize_fwd);
   m.def("cross_entropy_fwd", &cross_entropy_fwd);
   m.def("cross_entropy_bwd", &cross_entropy_bwd);
   m.def("int8_linear_quantize", &int8_linear_quantize);

@@ -42,9 +42,10 @@ const T* vector(Arg tensor, const char* name, int64_t size) {
   return view.present() ? static_cast<const T*>(view) : nullptr;
 }
 
-// (weight (out, in), bias (out) or None), and of 8-bit weights (..., scale (out), fours); out < 0 takes any.
+// (weight (out, in), bias (out) or None), and of 8-bit weights (..., scale (out), leading rows whose activations have 8
+// bits: whole ones of num_parts parts); out < 0 takes any.
 template <class T>
-LinearSource<T> linear(Arg tuple, const char* name, int64_t out, int64_t in) {
+LinearSource<T> linear(Arg tuple, const char* name, int64_t out, int64_t in, int64_t num_parts = 1) {
   const auto parts = py::cast<py::tuple>(tuple);
   const std::size_t count = std::is_same_v<T, std::int8_t> ? 4 : 2;
   if (parts.size() != count) throw py::value_error(std::string(name) + " needs " + std::to_string(count) + " parts");
@@ -55,7 +56,10 @@ LinearSource<T> linear(Arg tuple, const char* name, int64_t out, int64_t in) {
   if constexpr (std::is_same_v<T, std::int8_t>) {
     source.scales = vector<float>(parts[2], name, rows);
     if (source.scales == nullptr) throw py::value_error(std::string(name) + " needs a scale for each row");
-    source.fours = py::cast<bool>(parts[3]);
+    source.fours = py::cast<int64_t>(parts[3]);
+    if (source.fours < 0 || source.fours > rows || source.fours * num_parts % rows)
+      throw py::value_error(std::string(name) + " takes activations of 8 bits in " + std::to_string(source.fours) +
+                            " of " + std::to_string(rows) + " rows, which is no whole number of its parts");
   }
   return source;
 }
@@ -88,7 +92,7 @@ EncoderSource<T> read(const py::dict& weights) {
     const auto layer = py::cast<py::dict>(item);
     const auto intermediate = linear<T>(layer["intermediate"], "intermediate", F, D);
     F = intermediate.weight.rows;
-    source.layers.push_back({linear<T>(layer["qkv"], "qkv", 3 * D, D), linear<T>(layer["dense"], "dense", D, D),
+    source.layers.push_back({linear<T>(layer["qkv"], "qkv", 3 * D, D, 3), linear<T>(layer["dense"], "dense", D, D),
                              intermediate, linear<T>(layer["output"], "output", D, F),
                              norm<Stored<T>>(layer["attention_norm"], "attention_norm", D),
                              norm<Stored<T>>(layer["output_norm"], "output_norm", D)});
@@ -126,22 +130,24 @@ struct Frozen {
   int64_t words, positions, types;
 
   void forward(Arg input_ids_, Arg position_ids_, Arg type_ids_, Arg cu_seqlens_, Arg out_, int64_t max_seqlen,
-               int num_threads, const std::optional<PoolMode>& mode) {
+               int num_threads, const std::optional<PoolMode>& mode, bool unit) {
     VIEW(input_ids); VIEW(position_ids); VIEW(type_ids); VIEW(cu_seqlens); VIEW(out);
     const int64_t T_ = input_ids.expect_ndim(1).numel();
     for (const View* v : {&input_ids, &position_ids, &type_ids}) v->expect(Dtype::int64, {T_});
     const int64_t S = check_cu_seqlens(cu_seqlens, T_, max_seqlen);
-    out.expect(dtype_of<Stored<T>>(), {mode ? S : T_, encoder.hidden_size()});
+    out.expect(unit ? Dtype::float32 : dtype_of<Stored<T>>(), {mode ? S : T_, encoder.hidden_size()});
+    if (unit && !mode) throw py::value_error("vectors of length 1 need a pooling mode");
     check_ids(input_ids, "input_ids", words);
     check_ids(position_ids, "position_ids", positions);
     if (type_ids.present() && types) check_ids(type_ids, "type_ids", types);
     const Tokens tokens{input_ids, position_ids, type_ids.present() ? static_cast<const int64_t*>(type_ids) : nullptr,
                         cu_seqlens, 0, S};
-    Stored<T>* to = out;
+    Stored<T>* to = unit ? nullptr : static_cast<Stored<T>*>(out);
+    float* unit_to = unit ? static_cast<float*>(out) : nullptr;
     const int threads = num_threads < 1 ? 1 : num_threads;
     const py::gil_scoped_release nogil;
     if (mode)
-      encoder.forward_pooled(tokens, max_seqlen, *mode, to, threads);
+      encoder.forward_pooled(tokens, max_seqlen, *mode, to, unit_to, threads);
     else
       encoder.forward(tokens, max_seqlen, to, threads);
   }
@@ -165,14 +171,14 @@ class Either {
     else
       frozen_ = std::make_unique<Frozen<bf16>>(read<bf16>(weights));
   }
-  // Hidden states to out (T, D); given a pooling mode, vectors to out (S, D).
+  // Hidden states to out (T, D); given a pooling mode, vectors to out (S, D); of length 1 and in fp32 if `unit`.
   void forward(Arg input_ids, Arg position_ids, Arg type_ids, Arg cu_seqlens, Arg out, int64_t max_seqlen,
-               int num_threads, const std::optional<std::string>& pooling) {
+               int num_threads, const std::optional<std::string>& pooling, bool unit) {
     std::optional<PoolMode> mode;
     if (pooling) mode = pool_mode(*pooling);
     std::visit(
         [&](auto& f) {
-          f->forward(input_ids, position_ids, type_ids, cu_seqlens, out, max_seqlen, num_threads, mode);
+          f->forward(input_ids, position_ids, type_ids, cu_seqlens, out, max_seqlen, num_threads, mode, unit);
         },
         frozen_);
   }
@@ -234,7 +240,7 @@ void bind_encoder(py::module_& m) {
       .def(py::init<const py::dict&, bool>(), py::arg("weights"), py::arg("high") = false)
       .def("forward", &Either::forward, py::arg("input_ids"), py::arg("position_ids"), py::arg("type_ids"),
            py::arg("cu_seqlens"), py::arg("out"), py::arg("max_seqlen"), py::arg("num_threads"),
-           py::arg("pooling") = py::none())
+           py::arg("pooling") = py::none(), py::arg("unit") = false)
       .def_property_readonly("nbytes", &Either::nbytes);
   m.def("has_fours", &has_fours);
   m.def("has_split", &has_split);

@@ -115,8 +115,9 @@ Encoder<T>::Encoder(const EncoderSource<T>& source) : kernels_(encoder_kernels<T
 
   w.embed_norm = copy(source.embed_norm, w.E);
   if (project) w.project = pack(source.project);
+  const std::int64_t period = 3 * round_up(w.group * w.K, N) / N;  // panels of a group of heads
   for (const LayerSource<T>& l : source.layers)
-    layers_.push_back({pack(l.qkv, qkv), pack(l.dense), pack(l.intermediate), pack(l.output),
+    layers_.push_back({pack(l.qkv, qkv, period), pack(l.dense), pack(l.intermediate), pack(l.output),
                        copy(l.attention_norm, w.D), copy(l.output_norm, w.D)});
   for (const std::int64_t index : source.order) order_.push_back(&layers_[index]);
   w.layers = order_.data();
@@ -160,13 +161,14 @@ Norm Encoder<T>::copy(const NormSource<Stored<T>>& source, std::int64_t size) {
 }
 
 template <class T>
-Linear<T> Encoder<T>::pack(const LinearSource<T>& source, const std::vector<std::int64_t>& rows) {
+Linear<T> Encoder<T>::pack(const LinearSource<T>& source, const std::vector<std::int64_t>& rows, std::int64_t period) {
   const std::int64_t in = source.weight.columns, out = static_cast<std::int64_t>(rows.size());
   std::vector<const Given<T>*> pointers(out, nullptr);
   for (std::int64_t i = 0; i < out; ++i)
     if (rows[i] >= 0) pointers[i] = source.weight.data + rows[i] * in;
   const float* scales = source.scales ? copy(source.scales, rows) : nullptr;
-  const Linear<T> linear{reinterpret_cast<T*>(panels_.get() + packed_), copy(source.bias, rows), in, out, source.fours};
+  const Linear<T> linear{reinterpret_cast<T*>(panels_.get() + packed_), copy(source.bias, rows), in, out,
+                         source.fours * period / source.weight.rows, period};
   packed_ += kernels_.panels_nbytes(out, in);
   kernels_.pack_linear(pointers.data(), scales, linear);
   return linear;
@@ -176,7 +178,7 @@ template <class T>
 Linear<T> Encoder<T>::pack(const LinearSource<T>& source) {
   std::vector<std::int64_t> rows(round_up(source.weight.rows, kernels_.panel_columns), -1);
   std::iota(rows.begin(), rows.begin() + source.weight.rows, std::int64_t{0});
-  return pack(source, rows);
+  return pack(source, rows, 1);
 }
 
 template <class T>
@@ -241,15 +243,17 @@ void Encoder<T>::forward(const Tokens& tokens, std::int64_t max_seqlen, Stored<T
 
 template <class T>
 void Encoder<T>::forward_pooled(const Tokens& tokens, std::int64_t max_seqlen, PoolMode mode, Stored<T>* out,
-                                int num_threads) {
-  const std::int64_t S = tokens.last, T_ = tokens.cu_seqlens[S], D = weights_.D;
-  const std::int64_t places = mode == PoolMode::max ? S * D * sizeof(std::int32_t) : 0;
-  const std::int64_t hidden_bytes = round_up(T_ * D * sizeof(Stored<T>), 64);
-  Memory memory = borrow(hidden_bytes + places);
+                                float* unit, int num_threads) {
+  const std::int64_t S = tokens.last, D = weights_.D;
+  const std::int64_t hidden_bytes = round_up(tokens.cu_seqlens[S] * D * sizeof(Stored<T>), 64);
+  const std::int64_t place_bytes = mode == PoolMode::max ? round_up(S * D * sizeof(std::int32_t), 64) : 0;
+  Memory memory = borrow(hidden_bytes + place_bytes + (unit ? S * D * sizeof(Stored<T>) : 0));
   auto* hidden = reinterpret_cast<Stored<T>*>(memory.get());
   forward(tokens, max_seqlen, hidden, num_threads);
-  auto* argmax = places ? reinterpret_cast<std::int32_t*>(memory.get() + hidden_bytes) : nullptr;
+  auto* argmax = place_bytes ? reinterpret_cast<std::int32_t*>(memory.get() + hidden_bytes) : nullptr;
+  if (unit) out = reinterpret_cast<Stored<T>*>(memory.get() + hidden_bytes + place_bytes);
   kernels<Stored<T>>().pool_fwd(hidden, tokens.cu_seqlens, out, argmax, S, D, mode);
+  if (unit) kernels<Stored<T>>().l2_normalize_fwd(out, unit, S, D);
   give_back(std::move(memory));
 }
 

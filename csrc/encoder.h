@@ -38,14 +38,14 @@ enum class Activation { gelu, gelu_tanh, relu, silu, identity };
 // Inputs that one sum runs over before it is added to the result: short sums round less, and a block of A stays in L1.
 constexpr std::int64_t kDepth = 384;
 
-// y = x W^T + bias; `out` is a multiple of panel_columns, with zero weights past the real columns. `fours` is of 8-bit
-// weights only: they meet activations of 8 bits, four to a multiplication, rather than of 16 bits, two to one.
+// y = x W^T + bias; `out` is a multiple of panel_columns, with zero weights past the real columns. Of 8-bit
+// weights, the first `fours` of every `period` panels meet activations of 8 bits, four to a multiplication, the others
+// activations of 16 bits, two to one.
 template <class T>
 struct Linear {
   const T* panels;
   const float* bias;
-  std::int64_t in, out;
-  bool fours;
+  std::int64_t in, out, fours, period;
 };
 
 struct Norm {

@@ -32,13 +32,13 @@ struct Matrix {
   std::int64_t rows = 0, columns = 0;
 };
 
-// 8-bit weights have a scale a row, and say whether their activations have 8 bits too; see Linear.
+// 8-bit weights have a scale a row, and say how many leading rows meet activations of 8 bits; see Linear.
 template <class T>
 struct LinearSource {
   Matrix<Given<T>> weight;
   const Stored<T>* bias = nullptr;
   const float* scales = nullptr;
-  bool fours = false;
+  std::int64_t fours = 0;
 };
 
 template <class T>
@@ -74,14 +74,15 @@ class Encoder {
   // Hidden states (T, D) of a batch of S sequences. Several threads may call it at once.
   void forward(const Tokens& tokens, std::int64_t max_seqlen, Stored<T>* out, int num_threads);
 
-  // The same pooled, out (S, D); hidden states stay in an arena.
-  void forward_pooled(const Tokens& tokens, std::int64_t max_seqlen, PoolMode mode, Stored<T>* out, int num_threads);
+  // The same pooled, to one of two arrays (S, D): as it is, or of length 1. Hidden states stay in an arena.
+  void forward_pooled(const Tokens& tokens, std::int64_t max_seqlen, PoolMode mode, Stored<T>* out, float* unit,
+                      int num_threads);
 
   std::int64_t hidden_size() const { return weights_.D; }
   std::int64_t nbytes() const { return static_cast<std::int64_t>(panels_.nbytes()); }
 
  private:
-  Linear<T> pack(const LinearSource<T>& source, const std::vector<std::int64_t>& rows);
+  Linear<T> pack(const LinearSource<T>& source, const std::vector<std::int64_t>& rows, std::int64_t period);
   Linear<T> pack(const LinearSource<T>& source);
   Norm copy(const NormSource<Stored<T>>& source, std::int64_t size);
   template <class V>

@@ -72,6 +72,9 @@ struct Kernels {
   void (*pool_bwd)(const T* dout, const std::int32_t* cu_seqlens, const std::int32_t* argmax, T* dhidden,
                    std::int64_t S, std::int64_t D, PoolMode mode);
 
+  // y = x / max(|x|, 1e-12), row by row.
+  void (*l2_normalize_fwd)(const T* x, float* y, std::int64_t S, std::int64_t D);
+
   // losses and lse (M) of logits (M, V); rows labelled ignore_index have loss 0 and gradient 0. scale is one float.
   void (*cross_entropy_fwd)(const T* logits, const std::int64_t* labels, float* losses, double* lse, std::int64_t M,
                             std::int64_t V, std::int64_t ignore_index);

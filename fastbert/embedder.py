@@ -20,9 +20,18 @@ from fastbert.hub import resolve
 from fastbert.models.auto import AutoModel
 from fastbert.models.encoder import EncoderModel
 from fastbert.models.quantize import loaded_dtype, quantize
+from fastbert.ops import l2_normalize
 from fastbert.packing import PackedBatch, pack, token_batches
 from fastbert.progress import progress
-from fastbert.sentence_folder import SIMILARITIES, Dense, SentenceFolder, finished, read_folder, write_folder
+from fastbert.sentence_folder import (
+    SIMILARITIES,
+    Dense,
+    SentenceFolder,
+    finished,
+    read_folder,
+    scales_first,
+    write_folder,
+)
 from fastbert.tokenizer import Text, Tokenizer
 from fastbert.vectors import Collector, Vectors, quantize_vectors, similarity, similarity_pairwise
 from fastbert.weights import read_json
@@ -197,14 +206,20 @@ class Embedder:
     def pooled(
         self, batch: PackedBatch, prompt_length: int = 0, keep: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Token states of a batch pooled, (S, len(modes) * D), without the `prompt_length` first ones of each where the
-        model leaves prompts out; and themselves, (T, D), None where neither `keep` nor pooling needs them."""
+        """Token states of a batch as `pool` pools them; and themselves, (T, D), None where neither `keep` nor pooling
+        needs them."""
         skip = 0 if self.pooling.include_prompt else prompt_length
         if len(self.pooling.modes) == 1 and not skip and not keep:
-            return self.model.pool_packed(batch, self.pooling.modes[0]), None
+            return self.model.pool_packed(batch, self.pooling.modes[0], scales_first(self.modules)), None
         hidden_TD = self.model.forward_packed(batch)
         cu_seqlens = batch.cu_seqlens.to(hidden_TD.device, non_blocking=True)
-        return self.pooling(hidden_TD, cu_seqlens, skip), hidden_TD
+        return self.pool(hidden_TD, cu_seqlens, prompt_length), hidden_TD
+
+    def pool(self, hidden_TD: torch.Tensor, cu_seqlens: torch.Tensor, prompt_length: int = 0) -> torch.Tensor:
+        """(T, D), (S + 1) -> (S, len(modes) * D), without the `prompt_length` first tokens where the model leaves
+        prompts out; of length 1 where its modules begin with that. `sentence_folder.finished` goes on."""
+        pooled_SD = self.pooling(hidden_TD, cu_seqlens, prompt_length)
+        return l2_normalize(pooled_SD) if scales_first(self.modules) else pooled_SD
 
     @torch.inference_mode()
     def _steps(

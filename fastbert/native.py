@@ -30,6 +30,7 @@ _DTYPES = {
     "add_layer_norm": _FLOATS,
     "gelu": _FLOATS,
     "pool": _FLOATS,
+    "l2_normalize": _FLOATS,
     "cross_entropy": _FLOATS,
     "int8_linear": _FLOATS,
     "plan_mask": (torch.bool,),
@@ -290,6 +291,13 @@ def pool_bwd(dout: Tensor, cu_seqlens: Tensor, mode: str, num_tokens: int, argma
     dhidden = dout.new_empty(num_tokens, dout.shape[1])
     require().pool_bwd(dout, cu_seqlens.contiguous(), argmax, dhidden, mode)
     return dhidden
+
+
+def l2_normalize_fwd(x: Tensor) -> Tensor:
+    """See `fastbert.ops.l2_normalize`."""
+    y = torch.empty_like(x, dtype=torch.float32)
+    require().l2_normalize_fwd(x, y)
+    return y
 
 
 def cross_entropy_fwd(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from fastbert.ops import l2_normalize
 from fastbert.pooling import Pooling
 from fastbert.typed import field, is_a
 from fastbert.weights import load_weights, read_json, save_weights
@@ -94,7 +94,7 @@ class Normalize(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(S, D) -> (S, D)."""
-        return F.normalize(x, dim=-1)
+        return l2_normalize(x)
 
 
 class Dropout(nn.Dropout):
@@ -105,17 +105,26 @@ class Dropout(nn.Dropout):
         self.config = dict(config)
 
 
+def scales_first(modules: nn.Sequential) -> bool:
+    """Whether pooled states are scaled to length 1 before anything else, which an engine does along with pooling."""
+    return len(modules) > 0 and isinstance(modules[0], Normalize)
+
+
 def finished(modules: nn.Sequential, pooled_SD: torch.Tensor, truncate_dim: int | None, unit: bool) -> torch.Tensor:
-    """Vectors (S, D) fp32 of pooled states: through the modules, cut to `truncate_dim` features, of length 1 if `unit`.
+    """Vectors (S, D) fp32 of pooled states, which a first `Normalize` has scaled already (`scales_first`): through the
+    other modules, cut to `truncate_dim` features, of length 1 if `unit`.
 
     What the last module scaled is not scaled again. A row's bits do not depend on the rows beside it.
     """
-    vectors_SD = modules(pooled_SD.float())
+    vectors_SD = pooled_SD.float()
+    scaled = False
+    for i, module in enumerate(modules):
+        scaled = isinstance(module, Normalize)
+        if i > 0 or not scaled:
+            vectors_SD = module(vectors_SD)
     if truncate_dim is not None and truncate_dim < vectors_SD.shape[1]:
-        vectors_SD = vectors_SD[:, :truncate_dim].contiguous()
-    elif len(modules) and isinstance(modules[-1], Normalize):
-        return vectors_SD
-    return F.normalize(vectors_SD) if unit else vectors_SD
+        vectors_SD, scaled = vectors_SD[:, :truncate_dim].contiguous(), False
+    return l2_normalize(vectors_SD) if unit and not scaled else vectors_SD
 
 
 MODULES: dict[str, Callable[[Mapping[str, Any]], Any]] = {

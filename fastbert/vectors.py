@@ -69,8 +69,8 @@ class Collector:
         self._pending = leaving
 
     def _put(self, rows: list[int], found: torch.Tensor) -> None:
-        if len(rows) == 1:
-            self._out[rows[0]] = found[0]
+        if len(rows) == len(self._out) == 1:
+            self._out.copy_(found)
         else:
             self._out[rows] = found
 

@@ -95,6 +95,7 @@ def test_a_wheel_without_the_extension_works(source, tmp_path, minilm):
     assert done.returncode == 0, done.stderr
     has_native, vectors = json.loads(done.stdout)
     assert not has_native
+    assert done.stderr.count("plain PyTorch computes, slower than it could be: fastbert was installed without") == 1
     here = Embedder.from_pretrained(minilm, "float32", device="cpu").encode(TEXTS)
     np.testing.assert_allclose(vectors, here, atol=1e-5)
     run = ALONE + "from fastbert.cli import app; app()"

@@ -733,12 +733,13 @@ def test_an_int8_linear_layer_with_16_bits_keeps_its_input():
     linear, x = nn.Linear(40, 24), torch.randn(9, 40)
     x[:, 3] = 30.0  # which leaves the others few of 255 steps
     with torch.no_grad():
-        exact, wide, narrow = linear(x), Int8Linear(linear, 16)(x), Int8Linear(linear, 8)(x)
+        exact, wide, narrow, mixed = linear(x), *(Int8Linear(linear, n)(x) for n in (0, 24, 7))
     assert (wide - exact).abs().max() < (narrow - exact).abs().max() / 2
+    torch.testing.assert_close(mixed, torch.cat([narrow[:, :7], wide[:, 7:]], dim=1))
     weight, scale = quantize_rows(linear.weight.detach())
     torch.testing.assert_close(wide, x @ (weight * scale[:, None]).mT + linear.bias.detach())
-    with pytest.raises(ValueError, match="activation_bits must be 8 or 16, got 4"):
-        Int8Linear(linear, 4)
+    with pytest.raises(ValueError, match="num_narrow is 25 but there are 24 output features"):
+        Int8Linear(linear, 25)
 
 
 def test_int8_linear_says_what_does_not_fit():
@@ -753,13 +754,18 @@ def test_int8_linear_says_what_does_not_fit():
         int8_linear(torch.randn(2, 8, requires_grad=True), weight, scale)
 
 
-def test_quantising_swaps_all_and_spares_qkv(build, tmp_path):
+def test_quantising_swaps_all_and_spares_values(build, tmp_path):
     embedder = load(build(), dtype="int8")
     assert not [m for m in embedder.model.modules() if isinstance(m, nn.Linear)]
-    bits = {
-        n.rpartition(".")[2]: m.activation_bits for n, m in embedder.model.named_modules() if hasattr(m, "weight_scale")
+    wide = {
+        n.rpartition(".")[2]: (len(m.weight) - m.num_narrow) / len(m.weight)
+        for n, m in embedder.model.named_modules()
+        if hasattr(m, "weight_scale")
     }
-    assert bits == {"qkv": 16, "dense": 8, "intermediate": 8, "output": 8}
+    assert wide == {"qkv": 1 / 3, "dense": 0, "intermediate": 0, "output": 0}
+    again = load(build())
+    qkv = quantize_int8(again.model, ("qkv",)).get_submodule("encoder.layer.0.attention.qkv")
+    assert (qkv.num_narrow, qkv.weight.shape[0] > 0) == (0, True)
     with torch.inference_mode():
         assert embedder.model.execution_plan().startswith("cpu engine: int8 with ")
     with pytest.raises(ValueError, match="already in int8"):

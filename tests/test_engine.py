@@ -7,19 +7,21 @@ import dataclasses
 import os
 import subprocess
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import fastbert
-from fastbert import native, use_backend
+from fastbert import machine, native, use_backend
 from fastbert.engine import choice, cpu, use_engine
 from fastbert.hub import DEFAULT_MODEL, resolve
 from fastbert.models.activations import activation
 from fastbert.models.encoder import EncoderModel
 from fastbert.models.quantize import Int8Linear, quantize_int8
-from fastbert.ops import pool
+from fastbert.ops import l2_normalize, pool
 from fastbert.ops.pool import MODES
 from fastbert.packing import PackedBatch, pack
 from fastbert.testing import assert_within_budget
@@ -67,6 +69,16 @@ MODELS = {
     "heads-of-64": lambda: _sized(128, 2, 300),
     "deep": lambda: _sized(400, 5, 801),
 }
+SENTENCES = [
+    "The committee will publish its final report in the first week of May.",
+    "She repaired the old radio with parts from a broken clock.",
+    "Rain is expected in the north, with strong winds along the coast.",
+    "How do I reset the password of my account?",
+    "The enzyme loses its activity at temperatures above forty degrees.",
+    "Profits fell by a third after the company lost its largest customer.",
+    "Children under twelve travel free when they are accompanied by an adult.",
+    "The painting was sold to a museum in Vienna shortly before the war.",
+]
 HALF_PRODUCTS = ("avx512bf16", "amx", "amxemulated")  # multiply bf16
 LENGTHS = [5, 1, 0, 24, 7, 33, 16, 17, 70]
 
@@ -115,8 +127,9 @@ def assert_engine_within_budget(model: EncoderModel, batch: PackedBatch) -> None
 
 
 @pytest.fixture
-def threads():
-    """Sets the number of threads, and puts it back."""
+def threads(monkeypatch):
+    """Sets the number of threads, however many cores there are, and puts it back."""
+    monkeypatch.setattr(machine, "cpu", lambda: machine.Cpu("many cores", "", (), 64, 64, None))
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -146,21 +159,29 @@ def test_real_weights_are_within_budget(dtype, minilm):
 
 
 class _Rounded(torch.nn.Module):
-    def __init__(self, linear: Int8Linear, bits: int | None, coarse: bool, block: int = 384) -> None:
+    """`narrow` leading outputs take an input of 8 bits, the others one of 16; None takes it as it is."""
+
+    def __init__(self, linear: Int8Linear, narrow: int | None, coarse: bool, block: int = 384) -> None:
         super().__init__()
         self.coarse = coarse
         self.register_buffer("weight", linear.weight.double() * linear.weight_scale.double()[:, None])
         self.register_buffer("bias", linear.bias)
-        self.bits, self.block = bits, block
+        self.narrow, self.block = narrow, block
 
     def forward(self, x):
-        if self.bits is not None:
-            x = torch.cat([self.round(part) for part in x.split(self.block, dim=1)], 1)
-        y = torch.nn.functional.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+        y = torch.cat([self.product(x, 8, slice(self.narrow)), self.product(x, 16, slice(self.narrow, None))], 1)
         return y.bfloat16().to(y.dtype) if self.coarse else y
 
-    def round(self, x):
-        scale = x.abs().amax(1, keepdim=True) / (2 ** (self.bits - 1) - 1)
+    def product(self, x, bits, rows):
+        if self.narrow is None:
+            rows = slice(None) if bits == 16 else slice(0)
+        else:
+            x = torch.cat([self.round(part, bits) for part in x.split(self.block, dim=1)], 1)
+        return torch.nn.functional.linear(x, self.weight[rows].to(x.dtype), self.bias[rows].to(x.dtype))
+
+    @staticmethod
+    def round(x, bits):
+        scale = x.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
         return (x / torch.where(scale == 0, 1.0, scale)).round() * scale
 
 
@@ -171,7 +192,8 @@ def _specified(model: EncoderModel, rounded: bool, bits: int | None) -> EncoderM
         for name, child in list(parent.named_children()):
             if isinstance(child, Int8Linear):
                 coarse = rounded and name == "qkv" and native.isa() in HALF_PRODUCTS
-                setattr(parent, name, _Rounded(child, (bits or child.activation_bits) if rounded else None, coarse))
+                narrow = None if not rounded else 0 if bits == 16 else child.num_narrow
+                setattr(parent, name, _Rounded(child, narrow, coarse))
     return twin
 
 
@@ -187,9 +209,9 @@ def assert_int8_within_budget(model: EncoderModel, batch: PackedBatch, bits: int
 @pytest.fixture(params=[16, None], ids=["pairs", "fours"])
 def bits(request, monkeypatch):
     """Bits of activations: 16 in every layer, or each layer's own as on a CPU that multiplies 8 bits faster."""
-    own = cpu._activation_bits
-    monkeypatch.setattr(cpu, "_activation_bits", lambda linear: request.param or linear.activation_bits)
-    assert own(Int8Linear(torch.nn.Linear(3, 3), 8)) == (8 if native.require().has_fours() else 16)
+    own = cpu._num_narrow
+    monkeypatch.setattr(cpu, "_num_narrow", lambda linear: 0 if request.param else linear.num_narrow)
+    assert own(Int8Linear(torch.nn.Linear(3, 3), 2)) == (2 if native.require().has_fours() else 0)
     return request.param
 
 
@@ -217,7 +239,7 @@ def _weights_off_by_one(model, monkeypatch):
 
 
 def _eight_bits_for_sixteen(model, monkeypatch):
-    monkeypatch.setattr(cpu, "_activation_bits", lambda linear: 8)
+    monkeypatch.setattr(cpu, "_num_narrow", lambda linear: len(linear.weight))
 
 
 def _int8_bias_dropped(model, monkeypatch):
@@ -229,7 +251,7 @@ def _int8_bias_dropped(model, monkeypatch):
 )
 def test_int8_mutant_fails(mutate, bits, monkeypatch):
     if mutate is _eight_bits_for_sixteen and bits is None:
-        pytest.skip("most layers have 8 bits there")
+        pytest.skip("most layers have 8 bits there; test_values_keep_more_bits_than_queries_and_keys has it")
     model = quantize_int8(build("bert"))
     batch = batch_of(model)
     specification = copy.deepcopy(model)
@@ -239,6 +261,32 @@ def test_int8_mutant_fails(mutate, bits, monkeypatch):
         exact = _specified(specification, False, bits).double().forward_packed(batch)
     with pytest.raises(AssertionError, match="budget"):
         assert_within_budget(engine_run(model, batch), same, exact)
+
+
+def test_values_keep_more_bits_than_queries_and_keys(minilm, monkeypatch):
+    """On real weights: what 8 bits cost is halved by 16 bits for the values, and they are the right third of `qkv`."""
+    monkeypatch.setattr(cpu, "_num_narrow", lambda linear: linear.num_narrow)
+    ids = fastbert.Embedder.from_pretrained(minilm, "float32", device="cpu").tokenizer.encode(SENTENCES).ids
+
+    def vectors(sensitive: tuple[str, ...] | None) -> torch.Tensor:
+        model = fastbert.BertModel.from_pretrained(minilm, dtype=torch.float32, add_pooling_layer=False)
+        if sensitive is not None:
+            quantize_int8(model, sensitive)
+            assert model.encoder.layer[0].attention.qkv.num_narrow == {"values": 768, "qkv": 0}.get(*sensitive, 1152)
+        with torch.inference_mode():
+            return model.pool_packed(pack(ids), "mean", unit=True)
+
+    exact = vectors(None)
+    lost = {name: 1 - (vectors((name,)) * exact).sum(1).mean() for name in ("qkv", "values", "nothing")}
+    assert lost["values"] < 0.6 * lost["nothing"], lost
+    assert lost["values"] < 1.2 * lost["qkv"], lost
+
+
+def test_bits_are_of_whole_parts():
+    model = quantize_int8(build("bert"))
+    model.encoder.layer[0].attention.qkv.num_narrow = 95
+    with torch.no_grad(), pytest.raises(ValueError, match="qkv takes activations of 8 bits in 95 of 144 rows"):
+        cpu.compile(model)
 
 
 def test_a_large_value_hurts_its_own_block_only(bits):
@@ -312,7 +360,7 @@ for name in t.MODELS:
         model = t.build(name).to(dtype)
         t.assert_engine_within_budget(model, t.batch_of(model))
 for bits in (16, None):
-    t.cpu._activation_bits = lambda linear: bits or linear.activation_bits
+    t.cpu._num_narrow = lambda linear: 0 if bits else linear.num_narrow
     for name in t.MODELS:
         model = t.quantize_int8(t.build(name))
         t.assert_int8_within_budget(model, t.batch_of(model), bits)
@@ -382,10 +430,10 @@ def _rel_bias_transposed(monkeypatch):
 def _boundary_off_by_one(monkeypatch):
     run = cpu.Engine.run
 
-    def shifted(self, batch, pooling=None):
+    def shifted(self, batch, *pooling):
         cu = batch.cu_seqlens.clone()
         cu[1] += 1
-        return run(self, dataclasses.replace(batch, cu_seqlens=cu), pooling)
+        return run(self, dataclasses.replace(batch, cu_seqlens=cu), *pooling)
 
     monkeypatch.setattr(cpu.Engine, "run", shifted)
 
@@ -434,6 +482,24 @@ def test_threads_and_batches_change_no_bit(name, lengths, dtype, threads):
         assert torch.equal(engine_run(model, pack([ids.tolist()], kinds, model.position_offset)), part)
 
 
+@pytest.mark.parametrize(
+    ("affinity", "quota", "asked", "expected"),
+    [(8, None, 5, 5), (8, None, 1, 1), (3, None, 5, 3), (8, 1.5, 5, 2), (8, 0.2, 5, 1)],
+)
+def test_threads_are_those_asked_for_that_have_a_core(affinity, quota, asked, expected, threads, monkeypatch):
+    monkeypatch.setattr(machine, "cpu", lambda: machine.Cpu("x", "", (), 8, affinity, quota))
+    model = build("bert")
+    engine_run(model, batch_of(model))
+    given = []
+    monkeypatch.setattr(
+        choice._compiled[model], "_encoder", SimpleNamespace(forward=lambda *args: given.append(args[6]))
+    )
+    threads(asked)  # after the model was packed
+    engine_run(model, batch_of(model))
+    assert given == [expected]
+    assert f" {expected} threads, " in _plan(model)
+
+
 def test_permuting_sequences_permutes_results():
     model = build("electra")
     batch = batch_of(model)
@@ -450,26 +516,45 @@ def test_batches_at_the_edge(lengths):
     assert_engine_within_budget(model, batch_of(model, lengths))
 
 
+def test_shared_weights_are_packed_once():
+    def packed(layers: int) -> int:
+        sizes = SMALL | {"num_hidden_layers": layers, "embedding_size": 20}
+        return cpu.compile(fastbert.AlbertModel(fastbert.AlbertConfig(**sizes)).eval()).nbytes
+
+    assert packed(12) == packed(1)
+    assert cpu.compile(_deep(2)).nbytes > cpu.compile(_deep(1)).nbytes
+
+
+def _deep(layers: int) -> EncoderModel:
+    return fastbert.BertModel(fastbert.BertConfig(**SMALL | {"num_hidden_layers": layers})).eval()
+
+
 def test_a_batch_without_tokens():
     model = build("bert")
     assert engine_run(model, pack([[], []])).shape == (0, 48)
 
 
+@pytest.mark.parametrize("unit", [False, True], ids=["pooled", "unit"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_vectors_are_the_pooled_hidden_states(mode, dtype):
+def test_vectors_are_the_pooled_hidden_states(mode, dtype, unit):
     model = build("bert").to(dtype)
     batch = batch_of(model)
+
+    def pooled() -> torch.Tensor:
+        vectors = pool(model.forward_packed(batch), batch.cu_seqlens, mode)
+        return l2_normalize(vectors) if unit else vectors
+
     with torch.inference_mode():
-        vectors = model.pool_packed(batch, mode)
-        assert torch.equal(vectors, pool(engine_run(model, batch), batch.cu_seqlens, mode))
+        vectors = model.pool_packed(batch, mode, unit)
+        assert _plan(model).startswith("cpu engine: ")
+        assert torch.equal(vectors, pooled())
+        assert vectors.dtype == (torch.float32 if unit else dtype)
         with use_engine("off"):
-            assert torch.equal(
-                model.pool_packed(batch, mode), pool(model.forward_packed(batch), batch.cu_seqlens, mode)
-            )
+            assert torch.equal(model.pool_packed(batch, mode, unit), pooled())
     assert not vectors[LENGTHS.index(0)].any()
     assert vectors.abs().sum(-1).count_nonzero() == len(LENGTHS) - 1
-    assert model.pool_packed(batch, mode).requires_grad, "where autograd records, it runs on ops"
+    assert model.pool_packed(batch, mode, unit).requires_grad, "where autograd records, it runs on ops"
 
 
 def test_pooling_takes_known_modes_and_a_row_a_sequence():
@@ -481,6 +566,8 @@ def test_pooling_takes_known_modes_and_a_row_a_sequence():
     given = (batch.input_ids, batch.position_ids, None, batch.cu_seqlens)
     with pytest.raises(ValueError, match="out"):
         engine._encoder.forward(*given, torch.empty(batch.num_tokens, 48), batch.max_seqlen, 1, "mean")
+    with pytest.raises(ValueError, match="vectors of length 1 need a pooling mode"):
+        engine.run(batch, None, True)
 
 
 def test_fully_masked_rows_give_zeros():
@@ -717,6 +804,35 @@ def test_the_engine_steps_aside(change, words):
             expected = model.forward_packed(batch_of(model))
     if not model.training and change is not _inner_training:
         assert torch.equal(out, expected)
+
+
+def test_a_model_past_the_engine_is_warned_about_once():
+    model = build("bert")
+    _other_activation(model)
+    choice._warn.cache_clear()
+    slower = pytest.warns(UserWarning, match=r"chain of ops, slower than on an engine: .*has an activation")
+    with slower, torch.no_grad():
+        model.forward_packed(batch_of(model))
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        model.forward_packed(batch_of(model))
+        with use_engine("off"):
+            build("bert").forward_packed(batch_of(model))
+    choice._warn.cache_clear()
+    with warnings.catch_warnings(), use_engine("off"), torch.no_grad():
+        warnings.simplefilter("error")  # who asks for ops is not told that they are slower
+        model.forward_packed(batch_of(model))
+
+
+def test_a_configuration_that_asks_for_more_is_in_the_plan():
+    model = build("bert")
+    assert "padded calls as ops" not in _plan(model)
+    for name in ("output_hidden_states", "output_attentions"):
+        config = fastbert.BertConfig(**SMALL, **{name: True})
+        assert _plan(fastbert.BertModel(config).eval()).startswith("cpu engine: float32")
+        assert _plan(fastbert.BertModel(config).eval()).endswith(
+            "; padded calls as ops: the configuration asks for more than the last layer"
+        )
 
 
 def test_circumstances_step_aside():

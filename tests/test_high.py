@@ -149,13 +149,13 @@ extern "C" void product(const float* x, const float* w, int64_t rows, int64_t in
   const float *row[256] = {}, bias[256] = {};
   for (int64_t n = 0; n < out; ++n) row[n] = w + n * in;
   Linear<split> linear{static_cast<split*>(aligned_alloc(64, round_up(panels_nbytes<split>(padded, in), 64))), bias, in,
-                       padded, false};
+                       padded, 0, 1};
   pack_linear<split>(row, nullptr, linear);
   Operands<split> operands(round_up(rows, kRows<split>), in);
   char* memory = static_cast<char*>(aligned_alloc(64, round_up(operands.nbytes(), 64)));
   memset(memory, 0, operands.nbytes());
   operands.place(memory);
-  for (int64_t r = 0; r < rows; ++r) operands.fill(false, r, x + r * in, in);
+  for (int64_t r = 0; r < rows; ++r) operands.fill(linear, r, x + r * in, in);
   for (int64_t p = 0; p < padded / kColumns; ++p)
     each_tile<split>(rows, [&](int64_t r, int64_t n) LAMBDA {
       multiply(linear, p, 0, num_blocks(in), n, operands.all().from(r), y + r * padded + p * kColumns, padded);

@@ -50,7 +50,7 @@ FLOORS = {
 DEFAULT_BUDGET = 300
 BUDGETS = {
     "__init__.py": 70,
-    "native.py": 345,
+    "native.py": 355,
     "packing.py": 270,
     "models/encoder.py": 400,
     "models/__init__.py": 170,
@@ -60,7 +60,7 @@ BUDGETS = {
     "weights.py": 230,
     "kernels/attention.py": 400,
     "testing.py": 300,
-    "embedder.py": 420,
+    "embedder.py": 435,
     "corpus.py": 400,
 }
 

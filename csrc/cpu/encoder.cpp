@@ -137,7 +137,7 @@ struct Worker {
 
   // Row `row`, as a product with w reads it.
   INLINE void prepare(const Linear<T>& w, const Operands<T>& operands, int64_t row, const S* from, int64_t width) const {
-    if constexpr (kPrepared<T>) operands.fill(w.fours, row, from, width);
+    if constexpr (kPrepared<T>) operands.fill(w, row, from, width);
   }
 
   // The same for `count` rows from r0 on, where no stage could do it along the way.

@@ -1,7 +1,8 @@
 // The tile of matrix products with 8-bit weights, and how activations become the integers that it takes.
 //
 // Rows of activations are cut into blocks of the depth, each with a scale of its own, max|x| / levels; a weight has the
-// scale of its output channel. The sums of a block are exact, so neither batch, threads nor instruction set change them.
+// scale of its output channel. A row keeps max|x|, the levels are in the weights' scale. The sums of a block are exact,
+// so neither batch, threads nor instruction set change them.
 #pragma once
 #include "cpu/gemm.h"
 
@@ -113,7 +114,7 @@ void pack_int_panel(const int8_t* const* rows, const float* scales, int64_t begi
   int32_t* correction = reinterpret_cast<int32_t*>(scale + kColumns);
   for (int n = 0; n < kColumns; ++n) {
     if (rows[n] == nullptr) continue;
-    scale[n] = scales[n];
+    scale[n] = scales[n] / Form::kLevels;
     for (int64_t k = 0; k < depth; ++k) {
       const int8_t weight = rows[n][begin + k];
       panel[k / kGroup * kGroup * kColumns + n * kGroup + k % kGroup] = weight;
@@ -122,18 +123,21 @@ void pack_int_panel(const int8_t* const* rows, const float* scales, int64_t begi
   }
 }
 
-// q = round(x / scale) + offset, at most kDepth of them; returns scale = max|x| / levels. What is not finite makes the
-// scale so, and with it whatever is multiplied by it; a block below 1e-30 counts as zeros.
-template <class Form>
-INLINE float quantise(const float* x, int64_t n, typename Form::Value* q) {
-  typedef typename Form::Value vq __attribute__((vector_size(W * sizeof(typename Form::Value))));
+// max|x|. What is not finite makes it so, and with it whatever is multiplied by it.
+INLINE float top_of(const float* x, int64_t n) {
   vf tops{}, nan{};
   each_vector(n, [&](int64_t i, int lanes) LAMBDA {
     const vf v = load(x + i, lanes);
     tops = max(max(v, -v), tops);
     nan = v == v ? nan : v;  // which the maximum does not take
   });
-  const float top = max(tops) + sum(nan);
+  return max(tops) + sum(nan);
+}
+
+// q = round(x / top * levels) + offset, at most kDepth of them; where top is below 1e-30 they count as zeros.
+template <class Form>
+INLINE void quantise(const float* x, int64_t n, float top, typename Form::Value* q) {
+  typedef typename Form::Value vq __attribute__((vector_size(W * sizeof(typename Form::Value))));
   const float inverse = top > 1e-30f ? Form::kLevels / top : 0.f;
   each_vector(n, [&](int64_t i, int lanes) LAMBDA {
     // Adding 1.5 * 2^23 rounds to the nearest integer, halves to even, and leaves it in the low bits.
@@ -141,24 +145,23 @@ INLINE float quantise(const float* x, int64_t n, typename Form::Value* q) {
     const vq narrow = __builtin_convertvector(bits, vq);
     memcpy(q + i, &narrow, lanes * sizeof(typename Form::Value));
   });
-  return top / Form::kLevels;
 }
 
-// One row of a result from its sums: add + a scale of the row x a scale of the column x what is left of the offset.
-INLINE void int_row(const vi sums[2], int64_t depth, float row_scale, const int8_t* panel, const float* add, float* c) {
+// One row of a result from its sums: add + top of the row x scale of the column x the sums without their offset.
+INLINE void int_row(const vi sums[2], int64_t depth, float top, const int8_t* panel, const float* add, float* c) {
   const float* scale = reinterpret_cast<const float*>(panel + round_up(depth, kIntStep) * kColumns);
 #pragma GCC unroll 2
   for (int v = 0; v < 2; ++v) {
     vi correction;
     memcpy(&correction, scale + kColumns + v * W, sizeof correction);
     const vf sum = __builtin_convertvector(sums[v] - correction, vf);
-    store(c + v * W, sum * (load(scale + v * W) * row_scale) + load(add + v * W));
+    store(c + v * W, sum * (load(scale + v * W) * top) + load(add + v * W));
   }
 }
 
-// C[0..MR) x [0..kColumns) = add + a scale of the row x a scale of the column x the sums of one depth block.
+// C[0..MR) x [0..kColumns) = add + top of the row x scale of the column x the sums of one depth block.
 template <class Form, int MR>
-__attribute__((noinline)) void int_tile(int64_t depth, const char* a, int64_t lda, const float* scales, int64_t lds,
+__attribute__((noinline)) void int_tile(int64_t depth, const char* a, int64_t lda, const float* tops, int64_t ldt,
                                         const int8_t* panel, const float* add, int64_t ld_add, float* c, int64_t ldc) {
   constexpr int kGroup = Form::kGroup;
   vi sums[MR][2];
@@ -177,32 +180,32 @@ __attribute__((noinline)) void int_tile(int64_t depth, const char* a, int64_t ld
     }
   }
 #pragma GCC unroll 16
-  for (int m = 0; m < MR; ++m) int_row(sums[m], depth, scales[m * lds], panel, add + m * ld_add, c + m * ldc);
+  for (int m = 0; m < MR; ++m) int_row(sums[m], depth, tops[m * ldt], panel, add + m * ld_add, c + m * ldc);
 }
 
 // The tile of exactly `rows` rows, at most MR.
 template <class Form, int MR = kTileRows>
-INLINE void int_tile_of(int64_t rows, int64_t depth, const char* a, int64_t lda, const float* scales, int64_t lds,
+INLINE void int_tile_of(int64_t rows, int64_t depth, const char* a, int64_t lda, const float* tops, int64_t ldt,
                         const int8_t* panel, const float* add, int64_t ld_add, float* c, int64_t ldc) {
-  if (rows == MR) return int_tile<Form, MR>(depth, a, lda, scales, lds, panel, add, ld_add, c, ldc);
+  if (rows == MR) return int_tile<Form, MR>(depth, a, lda, tops, ldt, panel, add, ld_add, c, ldc);
   if constexpr (MR > 1)
-    int_tile_of<Form, MR - 1>(rows, depth, a, lda, scales, lds, panel, add, ld_add, c, ldc);
+    int_tile_of<Form, MR - 1>(rows, depth, a, lda, tops, ldt, panel, add, ld_add, c, ldc);
 }
 
 // At most kRows<int8_t> rows.
 template <class Form>
-INLINE void int_panel_tile(int64_t rows, int64_t depth, const char* a, int64_t lda, const float* scales, int64_t lds,
+INLINE void int_panel_tile(int64_t rows, int64_t depth, const char* a, int64_t lda, const float* tops, int64_t ldt,
                            const int8_t* panel, const float* add, int64_t ld_add, float* c, int64_t ldc) {
 #if defined(FASTBERT_AMX)
   if constexpr (Form::kGroup == 4) {
     alignas(64) vi sums[2 * kTileHeight][2];
     amx_products<2, true>(rows, round_up(depth, kIntStep) / kIntStep, a, lda, reinterpret_cast<const char*>(panel), sums);
-    for (int64_t m = 0; m < rows; ++m) int_row(sums[m], depth, scales[m * lds], panel, add + m * ld_add, c + m * ldc);
+    for (int64_t m = 0; m < rows; ++m) int_row(sums[m], depth, tops[m * ldt], panel, add + m * ld_add, c + m * ldc);
     return;
   }
 #endif
   each_tile<float>(rows, [&](int64_t r, int64_t n) LAMBDA {
-    int_tile_of<Form>(n, depth, a + r * lda, lda, scales + r * lds, lds, panel, add + r * ld_add, ld_add, c + r * ldc,
+    int_tile_of<Form>(n, depth, a + r * lda, lda, tops + r * ldt, ldt, panel, add + r * ld_add, ld_add, c + r * ldc,
                       ldc);
   });
 }

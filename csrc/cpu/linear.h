@@ -48,7 +48,7 @@ int64_t panels_nbytes(int64_t out, int64_t in) {
 }
 
 template <class T>
-void pack_panel(const Linear<T>&, const T* const* rows, const float*, int64_t begin, int64_t depth, T* to) {
+void pack_panel(const Linear<T>&, int64_t, const T* const* rows, const float*, int64_t begin, int64_t depth, T* to) {
   memset(static_cast<void*>(to), 0, panel_nbytes<T>(depth));
   constexpr int kStep = kPairs && sizeof(T) == 2 ? 2 : 1;  // values of one column that lie side by side
   for (int n = 0; n < kColumns; ++n)
@@ -60,7 +60,8 @@ void pack_panel(const Linear<T>&, const T* const* rows, const float*, int64_t be
 // How many bf16 the lows of a step lie behind its highs: in a row of activations, times kColumns in a panel.
 constexpr int64_t kLow = kDepthStep<split>;
 
-void pack_panel(const Linear<split>&, const float* const* rows, const float*, int64_t begin, int64_t depth, split* to) {
+void pack_panel(const Linear<split>&, int64_t, const float* const* rows, const float*, int64_t begin, int64_t depth,
+                split* to) {
   memset(static_cast<void*>(to), 0, panel_nbytes<split>(depth));
   auto* halves = reinterpret_cast<bf16*>(to);
   for (int n = 0; n < kColumns; ++n)
@@ -74,9 +75,12 @@ void pack_panel(const Linear<split>&, const float* const* rows, const float*, in
 }
 #endif
 
-void pack_panel(const Linear<int8_t>& w, const int8_t* const* rows, const float* scales, int64_t begin, int64_t depth,
-                int8_t* to) {
-  (w.fours ? pack_int_panel<Fours> : pack_int_panel<Pairs>)(rows, scales, begin, depth, to);
+// Whether panel p meets activations of 8 bits.
+INLINE bool takes_fours(const Linear<int8_t>& w, int64_t p) { return p % w.period < w.fours; }
+
+void pack_panel(const Linear<int8_t>& w, int64_t p, const int8_t* const* rows, const float* scales, int64_t begin,
+                int64_t depth, int8_t* to) {
+  (takes_fours(w, p) ? pack_int_panel<Fours> : pack_int_panel<Pairs>)(rows, scales, begin, depth, to);
 }
 
 template <class T>
@@ -85,7 +89,7 @@ void pack_linear(const Given<T>* const* rows, const float* scales, const Linear<
 #pragma omp parallel for schedule(static)
   for (int64_t task = 0; task < num_blocks(w.in) * count; ++task) {
     const int64_t d = task / count, p = task % count, first = p * kColumns;
-    pack_panel(w, rows + first, scales ? scales + first : nullptr, d * kDepth, depth_of(w.in, d),
+    pack_panel(w, p, rows + first, scales ? scales + first : nullptr, d * kDepth, depth_of(w.in, d),
                const_cast<T*>(panel_of(w, d, p)));
   }
 }
@@ -98,14 +102,14 @@ struct Rows {
   INLINE Rows from(int64_t row) const { return {data + row * ld, ld}; }
 };
 
-// Integers, `ld` bytes from row to row, with a scale for each depth block.
+// Integers, `ld` bytes from row to row, of 8 bits and from `pairs` bytes on of 16; and max|x| of each depth block.
 template <>
 struct Rows<int8_t> {
   const char* data;
-  int64_t ld;
-  const float* scales;
-  int64_t lds;
-  INLINE Rows from(int64_t row) const { return {data + row * ld, ld, scales + row * lds, lds}; }
+  int64_t ld, pairs;
+  const float* tops;
+  int64_t ldt;
+  INLINE Rows from(int64_t row) const { return {data + row * ld, ld, pairs, tops + row * ldt, ldt}; }
 };
 
 // Columns of panel p for `count` rows of A, which begin at depth block `first`: C = bias or C, + A W over [first, last).
@@ -120,15 +124,16 @@ INLINE void multiply(const Linear<T>& w, int64_t p, int64_t first, int64_t last,
 template <class Form>
 INLINE void multiply_integers(const Linear<int8_t>& w, int64_t p, int64_t first, int64_t last, int64_t count,
                               Rows<int8_t> a, float* c, int64_t ldc) {
+  const char* data = a.data + (Form::kGroup == 4 ? 0 : a.pairs);
   for (int64_t d = first; d < last; ++d)
-    int_panel_tile<Form>(count, depth_of(w.in, d), a.data + (d - first) * kDepth * sizeof(typename Form::Value), a.ld,
-                         a.scales + d - first, a.lds, panel_of(w, d, p), d ? c : w.bias + p * kColumns, d ? ldc : 0, c,
-                      ldc);
+    int_panel_tile<Form>(count, depth_of(w.in, d), data + (d - first) * kDepth * sizeof(typename Form::Value), a.ld,
+                         a.tops + d - first, a.ldt, panel_of(w, d, p), d ? c : w.bias + p * kColumns, d ? ldc : 0, c,
+                         ldc);
 }
 
 INLINE void multiply(const Linear<int8_t>& w, int64_t p, int64_t first, int64_t last, int64_t count, Rows<int8_t> a,
                      float* c, int64_t ldc) {
-  if (w.fours)
+  if (takes_fours(w, p))
     multiply_integers<Fours>(w, p, first, last, count, a, c, ldc);
   else
     multiply_integers<Pairs>(w, p, first, last, count, a, c, ldc);
@@ -143,31 +148,34 @@ struct Operands {
   void place(char*) {}
 };
 
-// Integers.
+// Integers, of the widths that panels of the product ask for.
 template <>
 struct Operands<int8_t> {
-  int64_t rows = 0, ld = 0, lds = 0;
+  int64_t rows = 0, ld = 0, pairs = 0, ldt = 0;
   char* data = nullptr;
-  float* scales = nullptr;
+  float* tops = nullptr;
 
   Operands() = default;
   Operands(int64_t rows_, int64_t width)
-      : rows(rows_), ld(stride_nbytes(round_up(width, 4) * sizeof(int16_t))), lds(num_blocks(width)) {}
-  int64_t nbytes() const { return rows * ld + round_up(rows * lds * sizeof(float), 64); }
+      : rows(rows_), pairs(round_up(width, 64)), ldt(num_blocks(width)) {
+    ld = stride_nbytes(pairs + round_up(width, 2) * static_cast<int64_t>(sizeof(int16_t)));
+  }
+  int64_t nbytes() const { return rows * ld + round_up(rows * ldt * sizeof(float), 64); }
   void place(char* memory) {
     data = memory;
-    scales = reinterpret_cast<float*>(memory + rows * ld);
+    tops = reinterpret_cast<float*>(memory + rows * ld);
   }
-  Rows<int8_t> all() const { return {data, ld, scales, lds}; }
+  Rows<int8_t> all() const { return {data, ld, pairs, tops, ldt}; }
 
-  template <class Form>
-  INLINE void fill(int64_t row, const float* x, int64_t width) const {
-    auto* to = reinterpret_cast<typename Form::Value*>(data + row * ld);
-    for (int64_t d = 0; d < num_blocks(width); ++d)
-      scales[row * lds + d] = quantise<Form>(x + d * kDepth, depth_of(width, d), to + d * kDepth);
-  }
-  void fill(bool fours, int64_t row, const float* x, int64_t width) const {
-    fours ? fill<Fours>(row, x, width) : fill<Pairs>(row, x, width);
+  void fill(const Linear<int8_t>& w, int64_t row, const float* x, int64_t width) const {
+    char* to = data + row * ld;
+    for (int64_t d = 0; d < num_blocks(width); ++d, x += kDepth) {
+      const int64_t depth = depth_of(width, d), first = d * kDepth;
+      const float top = top_of(x, depth);
+      tops[row * ldt + d] = top;
+      if (w.fours > 0) quantise<Fours>(x, depth, top, reinterpret_cast<uint8_t*>(to) + first);
+      if (w.fours < w.period) quantise<Pairs>(x, depth, top, reinterpret_cast<int16_t*>(to + pairs) + first);
+    }
   }
 };
 
@@ -184,7 +192,7 @@ struct Operands<split> {
   void place(char* memory) { data = reinterpret_cast<split*>(memory); }
   Rows<split> all() const { return {data, ld}; }
 
-  void fill(bool, int64_t row, const float* x, int64_t width) const {
+  void fill(const Linear<split>&, int64_t row, const float* x, int64_t width) const {
     auto* to = reinterpret_cast<bf16*>(data + row * ld);
     for (int64_t i = 0; i < round_up(width, kLow); i += W) {
       const int64_t left = width - i < 0 ? 0 : width - i < W ? width - i : W;

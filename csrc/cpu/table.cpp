@@ -11,6 +11,7 @@ Kernels<T> table() {
   add_embed(all);
   add_attention(all);
   add_pool(all);
+  add_l2_normalize(all);
   add_cross_entropy(all);
   add_int8_linear(all);
   return all;

@@ -15,6 +15,8 @@ void add_attention(Kernels<T>& table);
 template <class T>
 void add_pool(Kernels<T>& table);
 template <class T>
+void add_l2_normalize(Kernels<T>& table);
+template <class T>
 void add_cross_entropy(Kernels<T>& table);
 template <class T>
 void add_int8_linear(Kernels<T>& table);

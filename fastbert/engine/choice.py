@@ -7,8 +7,10 @@ call that it cannot honour runs as ops.
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from weakref import WeakKeyDictionary
 
 import torch
@@ -91,20 +93,33 @@ def _engine(model: EncoderModel) -> Engine | str:
         return made
 
 
-def run(model: EncoderModel, batch: PackedBatch, pooling: str | None = None) -> torch.Tensor | None:
+def run(model: EncoderModel, batch: PackedBatch, pooling: str | None = None, unit: bool = False) -> torch.Tensor | None:
     """Hidden states (T, D) of the last layer, or None where the call must run as ops. A mode of `ops.pool` asks for
-    vectors (S, D) instead, which the CPU's engine makes in the same call: None from others.
+    vectors (S, D) instead, of length 1 (and fp32) if `unit`, which the CPU's engine makes in the same call: None from
+    others.
 
     Raises:
         IndexError: ids outside a table.
+
+    Warns:
+        UserWarning: once in a process for each reason why an engine cannot compute a model.
     """
     device = model.device.type
     if _circumstances(model, device) or batch.input_ids.device.type not in ("cpu", device):
         return None
     engine = _engine(model)
     if isinstance(engine, cpu.Engine):
-        return engine.run(batch, pooling)
-    return None if isinstance(engine, str) or pooling is not None else engine.run(batch)
+        return engine.run(batch, pooling, unit)
+    if isinstance(engine, str):
+        _warn(engine)
+        return None
+    return engine.run(batch) if pooling is None else None
+
+
+@cache
+def _warn(reason: str) -> None:
+    """Say once in a process why a model that could be faster is not."""
+    warnings.warn(f"a model runs as a chain of ops, slower than on an engine: {reason}", stacklevel=2)
 
 
 def release_weights(model: PreTrainedModel) -> None:
@@ -136,4 +151,7 @@ def plan(model: EncoderModel) -> str:
     A call that asks for hidden states, attentions or gives `inputs_embeds` runs as ops whatever it says.
     """
     made = _circumstances(model, model.device.type) or _engine(model)
-    return f"ops: {made}" if isinstance(made, str) else str(made)
+    if isinstance(made, str):
+        return f"ops: {made}"
+    asks = model.config.output_hidden_states or model.config.output_attentions
+    return f"{made}{'; padded calls as ops: the configuration asks for more than the last layer' if asks else ''}"

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastbert import native
+from fastbert import machine, native
 from fastbert.engine.release import let_go, own_memory, trim
 from fastbert.engine.watch import Watch, layers_of, parts_of, refusal
 from fastbert.models.activations import ACTIVATIONS, Activation
@@ -48,17 +48,17 @@ def _refusal(parts: tuple[nn.Module, ...]) -> str | None:
 
 
 def _linear(linear: nn.Module) -> tuple[Any, ...]:
-    """(weight, bias), and of 8-bit weights (..., scale, whether activations have 8 bits too)."""
+    """(weight, bias), and of 8-bit weights (..., scale, leading outputs whose activations have 8 bits too)."""
     if isinstance(linear, Int8Linear):
         assert linear.bias is not None
-        return linear.weight.contiguous(), linear.bias, linear.weight_scale, _activation_bits(linear) == 8
+        return linear.weight.contiguous(), linear.bias, linear.weight_scale, _num_narrow(linear)
     assert isinstance(linear, nn.Linear)
     return linear.weight.detach().contiguous(), linear.bias.detach().contiguous()
 
 
-def _activation_bits(linear: Int8Linear) -> int:
+def _num_narrow(linear: Int8Linear) -> int:
     """16 bits are no slower than 8 on a CPU that has no instruction for 8."""
-    return linear.activation_bits if native.require().has_fours() else 16
+    return linear.num_narrow if native.require().has_fours() else 0
 
 
 def _norm(norm: nn.LayerNorm) -> tuple[torch.Tensor, torch.Tensor, float]:
@@ -152,6 +152,7 @@ class Engine:
         self._high = self._is_float32 and _may_split()
         self._encoder = native.require().Encoder(weights, self._high)
         self._isa = native.isa()
+        self._cores = machine.cpu().usable
         self._num_layers = len(weights["order"])
         self._width = weights["layers"][0]["dense"][0].shape[0]
         self._has_types = weights["token_type"] is not None
@@ -168,19 +169,26 @@ class Engine:
             return False
         return parts_of(model) == self._watch.parts and self._watch.same()
 
-    def run(self, batch: PackedBatch, pooling: str | None = None) -> torch.Tensor:
-        """PackedBatch on the CPU -> hidden states (T, D) of the last layer; with a mode of `ops.pool`, vectors (S, D).
+    @property
+    def num_threads(self) -> int:
+        """Threads of a call made now: torch's setting, no more than affinity and container quota allowed as the model
+        was packed. Threads without a core would be waited for at every stage."""
+        return min(torch.get_num_threads(), self._cores)
+
+    def run(self, batch: PackedBatch, pooling: str | None = None, unit: bool = False) -> torch.Tensor:
+        """PackedBatch on the CPU -> hidden states (T, D) of the last layer; with a mode of `ops.pool`, vectors (S, D),
+        which `unit` makes fp32 and of length 1.
 
         Raises:
             IndexError: ids outside a table.
-            ValueError: `cu_seqlens` or `max_seqlen` that do not fit the tokens.
+            ValueError: `cu_seqlens` or `max_seqlen` that do not fit the tokens; `unit` without a mode.
         """
         rows = batch.num_tokens if pooling is None else batch.num_sequences
-        out = torch.empty(rows, self._width, dtype=self.dtype)
+        out = torch.empty(rows, self._width, dtype=torch.float32 if unit else self.dtype)
         types = None if batch.type_ids is None or not self._has_types else batch.type_ids.contiguous()
         self._encoder.forward(
             batch.input_ids.contiguous(), batch.position_ids.contiguous(), types, batch.cu_seqlens.contiguous(),
-            out, batch.max_seqlen, torch.get_num_threads(), pooling,
+            out, batch.max_seqlen, self.num_threads, pooling, unit,
         )  # fmt: skip
         return out
 
@@ -188,7 +196,7 @@ class Engine:
         exact = self._is_float32 and not self._high and _asks_for_high()
         return (
             f"cpu engine: {self._precision}{' (exact: only AMX is faster below)' if exact else ''}, {self._isa}, "
-            f"{torch.get_num_threads()} threads, {self._num_layers} layers in {self.nbytes / 1e6:.1f} MB of panels"
+            f"{self.num_threads} threads, {self._num_layers} layers in {self.nbytes / 1e6:.1f} MB of panels"
         )
 
 

@@ -30,7 +30,7 @@ SETTINGS: dict[type, tuple[str, ...]] = {
     Encoder: (),
     FeedForward: ("act",),
     Float8Linear: (),
-    Int8Linear: ("activation_bits",),
+    Int8Linear: ("num_narrow",),
     Layer: (),
     MPNetEncoder: (),
     SelfAttention: ("num_heads",),

@@ -21,7 +21,7 @@ from fastbert.models.layer_stack import LayerStack, Trace
 from fastbert.models.outputs import BaseModelOutput, BaseModelOutputWithPooling
 from fastbert.models.plain import split_linear
 from fastbert.models.pretrained import PreTrainedModel
-from fastbert.ops import add_layer_norm, attention, embed, pool
+from fastbert.ops import add_layer_norm, attention, embed, l2_normalize, pool
 from fastbert.ops.attention import attention_probs
 from fastbert.ops.dropout import draw_seed, dropout_ref
 from fastbert.packing import PackedBatch, Padding, pack_padded
@@ -279,14 +279,16 @@ class EncoderModel(PreTrainedModel):
         batch = batch.to(self.embeddings.word_embeddings.weight.device, non_blocking=True)
         return self.encoder(self.embed(batch, inputs_embeds), batch, trace or Trace())
 
-    def pool_packed(self, batch: PackedBatch, mode: str) -> torch.Tensor:
-        """PackedBatch -> one vector a sequence, (S, D): `ops.pool` of `forward_packed`, by an engine in one go."""
+    def pool_packed(self, batch: PackedBatch, mode: str, unit: bool = False) -> torch.Tensor:
+        """PackedBatch -> one vector a sequence, (S, D): `ops.pool` of `forward_packed`, by an engine in one go; and if
+        `unit` `ops.l2_normalize` of that, fp32."""
         if self._may_use_engine():
-            vectors_SD = _engines().run(self, batch, mode)
+            vectors_SD = _engines().run(self, batch, mode, unit)
             if vectors_SD is not None:
                 return vectors_SD
         hidden_TD = self.forward_packed(batch)
-        return pool(hidden_TD, batch.cu_seqlens.to(hidden_TD.device, non_blocking=True), mode)
+        pooled_SD = pool(hidden_TD, batch.cu_seqlens.to(hidden_TD.device, non_blocking=True), mode)
+        return l2_normalize(pooled_SD) if unit else pooled_SD
 
     def _may_use_engine(self) -> bool:
         return not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())

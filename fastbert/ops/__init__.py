@@ -8,6 +8,7 @@ from fastbert.ops.embed import embed
 from fastbert.ops.float8_linear import float8_linear
 from fastbert.ops.gelu import gelu
 from fastbert.ops.int8_linear import int8_linear
+from fastbert.ops.l2_normalize import l2_normalize
 from fastbert.ops.linear import linear, linear_add, linear_gelu
 from fastbert.ops.plan import plan_batches, plan_concat, plan_mask
 from fastbert.ops.pool import pool
@@ -20,6 +21,7 @@ OPS = (
     "add_layer_norm",
     "gelu",
     "pool",
+    "l2_normalize",
     "cross_entropy",
     "int8_linear",
     "float8_linear",
@@ -40,6 +42,7 @@ __all__ = [
     "float8_linear",
     "gelu",
     "int8_linear",
+    "l2_normalize",
     "linear",
     "linear_add",
     "linear_gelu",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -86,12 +87,27 @@ def backend_for(op: str, x: torch.Tensor) -> ModuleType | None:
     """The backend module that computes `op` on a tensor like `x`, or None for the reference in plain PyTorch.
 
     While torch.compile traces a call, `registered` stands for whichever module has the kernel.
+
+    Warns:
+        UserWarning: once in a process, where nothing is forced and the CPU's backend was not built.
     """
     if torch.compiler.is_compiling():
         from fastbert.ops import registered
 
         return registered if _has_kernel(op, x.device.type, x.dtype) else None
-    return _choose(op, x.device.type, x.dtype, forced_backend())
+    module = _choose(op, x.device.type, x.dtype, forced_backend())
+    if module is None and x.device.type == "cpu" and forced_backend() is None:
+        _warn_if_missing()
+    return module
+
+
+@cache
+def _warn_if_missing() -> None:
+    try:
+        for name in DEFAULT["cpu"]:
+            _module(name, "cpu").require()
+    except ImportError as error:
+        warnings.warn(f"plain PyTorch computes, slower than it could be: {error}", stacklevel=3)
 
 
 @torch.compiler.assume_constant_result

@@ -41,7 +41,7 @@ def vectors(embedder: Embedder, unit: bool) -> Readout:
         found: dict[int, np.ndarray] = {}
         for skip in sorted(set(skips)):
             here = [row for row, length in zip(rows, skips, strict=True) if length == skip]
-            pooled_SD = embedder.pooling(encoded.hidden_TD, encoded.batch.cu_seqlens, skip)
+            pooled_SD = embedder.pool(encoded.hidden_TD, encoded.batch.cu_seqlens, skip)
             found.update(zip(here, vectors_of(embedder, pooled_SD, here, unit), strict=True))
         return [found[row] for row in rows]
 
