@@ -356,13 +356,17 @@ def test_one_event_loop_after_another():
 
 
 def test_warm_up_computes_short_long_and_full():
-    model = Model()
-    batcher = Batcher(model)
+    model, reports = Model(), []
+    batcher = Batcher(model, on_batch=reports.append)
     asyncio.run(batcher.warm_up())
+    assert (reports, batcher.counters.batches) == ([], 0), "nobody asked for these"
+    asyncio.run(batcher.submit(Work([[2]])))
+    assert (len(reports), batcher.counters.batches) == (1, 1)
     batcher.close()
+    model.batches.pop()
     sizes = {(len(batch), len(batch[0])) for batch in model.batches}
     assert {(1, 8), (1, 64)} <= sizes
-    assert batcher.latency.num_observed == len(model.batches) - 1, "the first pass teaches nothing"
+    assert batcher.latency.num_observed == len(model.batches), "the first pass teaches nothing"
 
 
 # The order, without threads.

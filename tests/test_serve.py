@@ -430,6 +430,7 @@ def test_metrics_are_teis(server, client):
     assert grown("te_request_input_length_sum") == grown("fastbert_tokens_total", kind="real") == 3 + 3 + 4
     assert grown("te_batch_next_tokens_sum") == 10
     assert grown("te_batch_next_size_sum") == 3
+    assert after["fastbert_inflight_requests", ()] == 0, "to ask for this is no work"
     names = {name for name, _ in after}
     for name in ("te_queue_size", "te_predict_count", "te_predict_success", "te_predict_queue_duration_count"):
         assert name in names

@@ -8,13 +8,12 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from time import monotonic
 
 from fastbert.serve.lanes import Batch, Lanes, Request
 from fastbert.serve.latency import LatencyModel
 from fastbert.serve.pace import Pace
-from fastbert.serve.passes import BatchReport, Computes, Outcome, Passes
+from fastbert.serve.passes import BatchReport, Computes, Counters, Outcome, Passes
 from fastbert.serve.work import (
     OUTPUTS,
     ComputeFailed,
@@ -28,23 +27,6 @@ from fastbert.serve.work import (
 )
 
 _QUEUE_BATCHES = 32  # full forward passes that may wait, where `max_queue_tokens` does not say
-
-
-@dataclass
-class Counters:
-    """What has happened so far: forward passes, and requests that came to nothing."""
-
-    batches: int = 0
-    sequences: int = 0
-    tokens: int = 0
-    padded_tokens: int = 0
-    compute_s: float = 0.0
-    overloaded: int = 0
-    cancelled: int = 0
-    deadline_exceeded: int = 0
-    nonfinite: int = 0
-    failed: int = 0
-    oom_splits: int = 0
 
 
 class Batcher:
@@ -230,13 +212,18 @@ class Batcher:
             self._settle(request, Draining("the server shut down before this was computed"))
 
     async def warm_up(self) -> None:
-        """Compute the shapes that will come, from one short sequence to a full batch, and learn what they take."""
+        """Compute the shapes that will come, from one short sequence to a full batch, and learn what they take.
+
+        Nobody asked for them: they are not counted.
+        """
+        on_batch, self.on_batch = self.on_batch, None
         output = next(output for output in OUTPUTS if output in self.served.outputs)
         longest = self.served.max_length
         lengths = sorted({min(length, longest) for length in (8, 32, 128, longest)})
         counts = [(length, 1) for length in lengths for _ in range(2)]
         for length, count in [*counts, (min(128, longest), max(1, self.max_batch_tokens // min(128, longest)))]:
             await self.submit(Work([[0] * length] * count, output=output))
+        self.on_batch, self.counters = on_batch, Counters()
 
     # On the compute thread.
 
@@ -280,16 +267,11 @@ class Batcher:
                 raise
 
     def _deliver(self, outcome: Outcome) -> None:
-        counters = self.counters
-        counters.oom_splits += outcome.oom_splits
+        self.counters.oom_splits += outcome.oom_splits
         for request, error in outcome.settled:
             self._settle(request, error)
         for report in outcome.reports:
-            counters.batches += 1
-            counters.sequences += report.sequences
-            counters.tokens += report.tokens
-            counters.padded_tokens += report.padded_tokens
-            counters.compute_s += report.compute_s
+            self.counters.add(report)
             if self.on_batch is not None:
                 self.on_batch(report)
 

@@ -55,6 +55,31 @@ class BatchReport:
 
 
 @dataclass
+class Counters:
+    """What has happened so far: forward passes, and requests that came to nothing."""
+
+    batches: int = 0
+    sequences: int = 0
+    tokens: int = 0
+    padded_tokens: int = 0
+    compute_s: float = 0.0
+    overloaded: int = 0
+    cancelled: int = 0
+    deadline_exceeded: int = 0
+    nonfinite: int = 0
+    failed: int = 0
+    oom_splits: int = 0
+
+    def add(self, report: BatchReport) -> None:
+        """Count a forward pass."""
+        self.batches += 1
+        self.sequences += report.sequences
+        self.tokens += report.tokens
+        self.padded_tokens += report.padded_tokens
+        self.compute_s += report.compute_s
+
+
+@dataclass
 class Outcome:
     """What came of a batch: its passes, and the requests that are settled: None = done, else why not."""
 
