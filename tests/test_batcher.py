@@ -207,6 +207,7 @@ def test_a_client_that_leaves_in_mid_pass_harms_nobody():
             model.gate.set()
             await model.inside()
             gone.cancel()
+            await settled([gone])
             assert (await stays).values[0][0] == 4
             assert batcher.queue_tokens == 0
 
@@ -362,11 +363,27 @@ def test_warm_up_computes_short_long_and_full():
     assert (reports, batcher.counters.batches) == ([], 0), "nobody asked for these"
     asyncio.run(batcher.submit(Work([[2]])))
     assert (len(reports), batcher.counters.batches) == (1, 1)
-    batcher.close()
+    asyncio.run(batcher.drain())
     model.batches.pop()
     sizes = {(len(batch), len(batch[0])) for batch in model.batches}
     assert {(1, 8), (1, 64)} <= sizes
     assert batcher.latency.num_observed == len(model.batches), "the first pass teaches nothing"
+
+
+def test_nobody_waits_while_it_learns(monkeypatch):
+    model, learning = Model(), threading.Event()
+    batcher = Batcher(model)
+    monkeypatch.setattr(batcher.latency, "observe", lambda *observed: learning.wait(60))
+
+    async def main():
+        for i in (2, 3):  # the first pass teaches nothing
+            done = await asyncio.wait_for(batcher.submit(Work([[i]])), 20)
+            assert done.values[0][0] == i
+
+    asyncio.run(main())
+    assert not learning.is_set()
+    learning.set()
+    batcher.close()
 
 
 # The order, without threads.

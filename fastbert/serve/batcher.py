@@ -242,6 +242,7 @@ class Batcher:
                 self._pace.answered(len(outcome.settled), self.latency, monotonic())
             self._running_until = 0.0
             self._hand_over(outcome)
+            self._passes.learn(outcome.reports)
 
     def _next(self) -> Batch | None:
         """Wait for work and take a batch of it; None = stop. The lock is held."""
