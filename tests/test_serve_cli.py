@@ -186,7 +186,7 @@ def test_flags_and_environment_of_text_embeddings_inference(minilm):
         (["MODEL", "--served-model-name", "a", "--served-model-name", "b"], "2 served model names for 1 models"),
         (["MODEL", "--dtype", "float8"], "float8"),
         (["MODEL", "--port", "99999"], "65535"),
-        (["MODEL", "--port", "TAKEN"], "in use; give another --port (0 = any free one)"),
+        (["MODEL", "--port", "TAKEN"], "in use; use another --port (0 = any free one)"),
     ],
 )
 def test_bad_input_is_said(minilm, arguments, said):

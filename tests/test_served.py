@@ -254,7 +254,7 @@ def test_what_is_not_served_says_so(tmp_path, minilm):
     with pytest.raises(ValueError, match="'splade' needs a masked language model"):
         Served.load(minilm, pooling="splade")
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="device 'cuda' is asked for, but torch .* sees no GPU"):
+        with pytest.raises(ValueError, match=r"device 'cuda' is wanted, but torch .* sees no GPU"):
             Served.load(minilm, device="cuda")
 
 

@@ -39,7 +39,7 @@ def _check_address(host: str, port: int) -> None:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except OSError as error:
-        why = f"cannot listen on {host}, port {port}: {error.strerror}; give another --port (0 = any free one) or --host"
+        why = f"cannot listen on {host}, port {port}: {error.strerror}; use another --port (0 = any free one) or --host"
         raise OSError(why) from error
 
 

@@ -13,7 +13,7 @@ import torch
 from fastbert.packing import PackedBatch, pack
 from fastbert.serve.lanes import Batch, Request
 from fastbert.serve.latency import LatencyModel
-from fastbert.serve.work import ComputeFailed, NonFinite, WorkError
+from fastbert.serve.work import ComputeFailed, DeadlineExceeded, NonFinite, WorkError
 
 
 class Computes(Protocol):
@@ -45,9 +45,7 @@ class Computes(Protocol):
 
 @dataclass(frozen=True)
 class BatchReport:
-    """A forward pass that was made: `squares` are of its lengths, `padded_tokens` what padding to the longest would have
-    computed.
-    """
+    """A forward pass: `squares` is of its lengths, `padded_tokens` what padding to the longest would have computed."""
 
     sequences: int
     tokens: int
@@ -81,6 +79,12 @@ class Counters:
         self.padded_tokens += report.padded_tokens
         self.compute_s += report.compute_s
 
+    def failure(self, error: WorkError) -> None:
+        """Count a request that has no result."""
+        self.deadline_exceeded += isinstance(error, DeadlineExceeded)
+        self.nonfinite += isinstance(error, NonFinite)
+        self.failed += isinstance(error, ComputeFailed)
+
 
 @dataclass
 class Outcome:
@@ -92,7 +96,7 @@ class Outcome:
 
 
 class Passes:
-    """Runs batches on a model; belongs to one thread.
+    """Runs batches on a model; belongs to one thread at a time.
 
     Attributes:
         latency: learns from passes, when it is told to.
