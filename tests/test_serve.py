@@ -145,6 +145,23 @@ def test_concurrent_requests_have_the_bits_of_encode(server, embedder):
     assert all(asyncio.run(run()))
 
 
+def test_one_after_another_has_the_bits_of_encode(server, client, embedder, monkeypatch):
+    exact = embedder.encode(TEXTS, normalize_embeddings=True)
+    model, threads = server.state.models[0], set()
+    compute = model.served.compute
+
+    def seen(*arguments):
+        threads.add(threading.current_thread().name)
+        return compute(*arguments)
+
+    monkeypatch.setattr(model.served, "compute", seen)
+    monkeypatch.setattr(model.batcher, "lone_s", 60.0)
+    for i in range(40):
+        found = _base64(post(client, "/embed", {"inputs": TEXTS[i % 5], "encoding_format": "base64"}).json())
+        assert np.array_equal(found[0], exact[i % 5])
+    assert len(threads) == 2, "the loop's and the queue's"
+
+
 def test_openai_client_gets_the_bits_of_encode(server, embedder):
     client = openai.OpenAI(base_url=f"{server.address}/v1", api_key="first-key", max_retries=0)
     exact = embedder.encode(TEXTS, normalize_embeddings=True)

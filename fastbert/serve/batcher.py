@@ -1,4 +1,5 @@
-"""The queue in front of a model: requests of an event loop in, forward passes on one thread of its own.
+"""The queue in front of a model: requests of an event loop in, forward passes on one thread of its own; on the loop's
+where one client at a time asks for little.
 
 What is computed next is decided at the moment the device is free; nothing waits for a timer while it is idle.
 """
