@@ -155,6 +155,7 @@ def test_one_after_another_has_the_bits_of_encode(server, client, embedder, monk
         return compute(*arguments)
 
     monkeypatch.setattr(model.served, "compute", seen)
+    assert model.batcher.lone_s > 0
     monkeypatch.setattr(model.batcher, "lone_s", 60.0)
     for i in range(40):
         found = _base64(post(client, "/embed", {"inputs": TEXTS[i % 5], "encoding_format": "base64"}).json())
@@ -544,6 +545,7 @@ def test_models_are_chosen_by_name(minilm, tmp_path):
         httpx.Client(base_url=server.address, timeout=30) as client,
     ):
         assert [row["id"] for row in client.get("/v1/models").json()["data"]] == [NAME, "tiny"]
+        assert all(model.batcher.lone_s == 0 for model in server.state.models), "none stands in the other's way"
         body = {"inputs": "a"}
         assert post(client, "/embed", body).status_code == 200
         assert post(client, "/predict", body).status_code == 424

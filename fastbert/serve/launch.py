@@ -19,6 +19,7 @@ from fastbert.serve.server import serve
 from fastbert.serve.settings import Settings
 from fastbert.serve.state import State
 
+_LONE_S = 8e-3  # that the event loop may stand still, where one client asks for one short text after another
 _BUILD = ("version", "device", "dtype", "model", "sha")
 
 
@@ -64,6 +65,8 @@ def build_state(folders: Mapping[str, Path], settings: Settings, keys: Sequence[
     state = State(settings, models, series, Keys(keys, settings.protect_metrics), cache, started=started)
     for model in models:
         model.batcher.on_batch = series.batch
+        if len(models) == 1 and model.served.device.type == "cpu":  # models do not wait for each other; no GPU tried it
+            model.batcher.lone_s = _LONE_S
     series.more += _of_models(state)
     return state
 

@@ -13,8 +13,6 @@ from fastbert.serve.served import Served
 from fastbert.serve.settings import Settings
 from fastbert.serve.tokens import TokenizerPool
 
-_LONE_S = 8e-3  # that the event loop may stand still, where one client asks for one short text after another
-
 
 class Model:
     """A model at work.
@@ -37,7 +35,6 @@ class Model:
             max_batch_sequences=settings.max_batch_requests,
             max_queue_tokens=settings.max_queue_tokens,
             target_p99_ms=settings.target_p99_ms,
-            lone_s=_LONE_S if served.device.type == "cpu" else 0.0,  # not tried on a GPU
         )
         cached = None if cache is None else CachedBatcher(self.batcher, served.fingerprint, cache)
         self.submit = self.batcher.submit if cached is None else cached.submit
