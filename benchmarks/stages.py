@@ -3,7 +3,7 @@
 One client sends one text at a time over one connection and waits for the answer. The stages are the server's own, of
 the header `Server-Timing`; `rest` is what of its total lies in none of them, `wire` what of the client's round trip
 lies outside of its total: both kernels, the HTTP parser, the event loop on either side. `encode` is `Embedder.encode`
-of the same text in a process without a server, in between.
+of the same texts in a process without a server, in turns with it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import argparse
 import re
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -24,7 +25,11 @@ from fastbert import Embedder
 from fastbert.hub import DEFAULT_MODEL, resolve
 from fastbert.serve.series import STAGES
 
+T = TypeVar("T")
+
 KEY = ("texts", "stage")
+TURN = 25  # requests, then as many calls of `encode`
+REST_S = 0.02  # between turns: OpenMP's threads spin for milliseconds after a pass, on a core that the other side needs
 
 
 @dataclass(frozen=True)
@@ -61,29 +66,34 @@ def stages_of(head: bytes) -> dict[str, float]:
     return {name.decode(): float(ms) for name, ms in re.findall(rb"(\w+);dur=([\d.]+)", line[1])}
 
 
+def timed(function: Callable[..., T], *arguments: object, **options: object) -> tuple[T, float]:
+    """What a call returned, and the milliseconds that it took."""
+    begin = time.perf_counter()
+    returned = function(*arguments, **options)
+    return returned, 1e3 * (time.perf_counter() - begin)
+
+
 def measure(server: servers.Server, embedder: Embedder, texts: Sequence[str], requests: int) -> dict[str, np.ndarray]:
     """Milliseconds of each request by stage, `rest`, `wire`, `round trip` and `encode`."""
     found: dict[str, list[float]] = {name: [] for name in (*STAGES, "rest", "wire", "round trip", "encode")}
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for number in range(-20, requests):  # the first ones warm up
-            text = texts[number % len(texts)]
-            request = server.request([text], MODEL_NAME)
-            begin = time.perf_counter()
-            head = ask(connection, request)
-            middle = time.perf_counter()
-            embedder.encode([text], normalize_embeddings=True)
-            end = time.perf_counter()
-            if number < 0:
+        for first in range(-TURN, requests, TURN):  # the first turn warms up
+            turn = [texts[number % len(texts)] for number in range(first, min(first + TURN, requests))]
+            time.sleep(REST_S)
+            trips = [timed(ask, connection, server.request([text], MODEL_NAME)) for text in turn]
+            time.sleep(REST_S)
+            calls = [timed(embedder.encode, [text], normalize_embeddings=True) for text in turn]
+            if first < 0:
                 continue
-            spent = stages_of(head)
-            for name in STAGES:
-                found[name].append(spent[name])
-            trip = 1e3 * (middle - begin)
-            found["rest"].append(spent["total"] - sum(spent[name] for name in STAGES))
-            found["wire"].append(trip - spent["total"])
-            found["round trip"].append(trip)
-            found["encode"].append(1e3 * (end - middle))
+            for (head, trip), (_, call) in zip(trips, calls, strict=True):
+                spent = stages_of(head)
+                for name in STAGES:
+                    found[name].append(spent[name])
+                found["rest"].append(spent["total"] - sum(spent[name] for name in STAGES))
+                found["wire"].append(trip - spent["total"])
+                found["round trip"].append(trip)
+                found["encode"].append(call)
     return {name: np.array(values) for name, values in found.items()}
 
 

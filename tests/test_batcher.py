@@ -207,6 +207,7 @@ def test_a_client_that_leaves_in_mid_pass_harms_nobody():
             model.gate.set()
             await model.inside()
             gone.cancel()
+            await settled([gone])
             assert (await stays).values[0][0] == 4
             assert batcher.queue_tokens == 0
 
@@ -356,13 +357,120 @@ def test_one_event_loop_after_another():
 
 
 def test_warm_up_computes_short_long_and_full():
-    model = Model()
-    batcher = Batcher(model)
+    model, reports = Model(), []
+    batcher = Batcher(model, on_batch=reports.append)
     asyncio.run(batcher.warm_up())
-    batcher.close()
+    assert (reports, batcher.counters.batches) == ([], 0), "nobody asked for these"
+    asyncio.run(batcher.submit(Work([[2]])))
+    assert (len(reports), batcher.counters.batches) == (1, 1)
+    asyncio.run(batcher.drain())
+    model.batches.pop()
     sizes = {(len(batch), len(batch[0])) for batch in model.batches}
     assert {(1, 8), (1, 64)} <= sizes
-    assert batcher.latency.num_observed == len(model.batches) - 1, "the first pass teaches nothing"
+    assert batcher.latency.num_observed == len(model.batches), "the first pass teaches nothing"
+
+
+def test_nobody_waits_while_it_learns(monkeypatch):
+    model, learning = Model(), threading.Event()
+    batcher = Batcher(model)
+    monkeypatch.setattr(batcher.latency, "observe", lambda *observed: learning.wait(60))
+
+    async def main():
+        for i in (2, 3):  # the first pass teaches nothing
+            done = await asyncio.wait_for(batcher.submit(Work([[i]])), 20)
+            assert done.values[0][0] == i
+
+    asyncio.run(main())
+    assert not learning.is_set()
+    learning.set()
+
+
+# One client, one request at a time.
+
+
+class Watched(Model):
+    """Notes on which thread each pass was."""
+
+    def __init__(self):
+        super().__init__()
+        self.here: list[bool] = []
+
+    def compute(self, batch, outputs, prompt_lengths=None):
+        self.here.append(threading.current_thread() is threading.main_thread())
+        return super().compute(batch, outputs, prompt_lengths)
+
+
+async def client(batcher, requests, **options):
+    """Asks again when it has its answer, as somebody behind a socket does."""
+    for i in range(requests):
+        done = await batcher.submit(Work([[i + 1, 7]], **options))
+        assert np.array_equal(done.values[0], value_of([i + 1, 7]))
+        await asyncio.sleep(0)
+
+
+def test_who_asks_alone_is_computed_here():
+    model, reports = Watched(), []
+
+    async def main():
+        await client(batcher, 48)
+        assert model.here == [False] * 15 + ([False] + [True] * 15) * 2 + [False]
+        assert len(reports) == batcher.counters.batches == 48
+        batcher.latency.coefficients = (30.0, 0.0, 0.0)
+        await client(batcher, 1, deadline=time.monotonic() + 20)
+        assert not model.here[-1], "its time seems too short: the queue's timer watches over it"
+        for work in (Work([[1]] * 40), Work([[1]] * 3)):  # more than a pass holds: of tokens, of sequences
+            assert len((await batcher.submit(work)).values) == len(work.ids)
+            assert not model.here[-1]
+        with pytest.raises(NonFinite):
+            await batcher.submit(Work([[NAN]]))
+        with pytest.raises(ComputeFailed, match="broken"):
+            await batcher.submit(Work([[BROKEN]]))
+        assert model.here[-2:] == [True, True]
+        batcher.latency.coefficients = (90.0, 0.0, 0.0)
+        await client(batcher, 1)
+        assert not model.here[-1], "longer than others may have to wait"
+        await batcher.drain()
+        with pytest.raises(Draining):
+            await batcher.submit(Work([[1]]))
+
+    batcher = Batcher(model, lone_s=60.0, max_batch_sequences=2, on_batch=reports.append)
+    asyncio.run(main())
+
+
+def test_two_who_ask_at_once_share_passes():
+    model = Watched()
+
+    async def main():
+        await asyncio.gather(client(batcher, 40), client(batcher, 40))
+        assert not any(model.here), "from the beginning"
+        await client(batcher, 40)
+        assert any(model.here)
+        await asyncio.gather(client(batcher, 40), client(batcher, 40))
+        assert not any(model.here[-20:]), "and where one was alone before"
+
+    batcher = Batcher(model, lone_s=60.0)
+    asyncio.run(main())
+    batcher.close()
+
+
+def test_nothing_is_computed_here_while_the_thread_computes():
+    model = Watched()
+
+    async def main():
+        await client(batcher, 47)
+        model.gate.clear()
+        (left,) = await started(batcher.submit(Work([[1]])))  # the 48th goes to the thread
+        await model.inside()
+        left.cancel()
+        await settled([left])
+        tasks = await started(batcher.submit(Work([[2]])))
+        model.gate.set()
+        assert (await tasks[0]).values[0][0] == 2
+        assert not model.here[-1]
+
+    batcher = Batcher(model, lone_s=60.0)
+    asyncio.run(main())
+    batcher.close()
 
 
 # The order, without threads.

@@ -20,7 +20,7 @@ import pytest
 from benchmarks import servers
 from fastbert import Embedder
 from fastbert.serve import docs
-from tests.serving import live
+from tests.serving import live, tiny_model
 
 PAGE = Path(servers.__file__).parent.parent / "fastbert" / "serve" / "page" / "index.html"
 VOID = {"meta", "link", "input", "br", "img"}
@@ -328,6 +328,18 @@ class TestSeen:
         scores = embedder.similarity(embedder.encode(["What does the recipe need?"]), embedder.encode(TEXTS))[0]
         assert [line.text for line in page.all(".ranked span")] == [TEXTS[i] for i in scores.argsort(descending=True)]
         assert float(page.one(".ranked b").text) == pytest.approx(float(scores.max()), abs=6e-5)
+
+    def test_another_model_has_its_own_facts_and_tabs(self, chromium, minilm, tmp_path):
+        reranker = str(tiny_model("reranker", tmp_path / "reranker", minilm))
+        names = (*QUICK, "--served-model-name", "ranks")
+        with servers.start("fastbert", str(minilm), reranker, *names, served_name="embeds") as server:
+            chromium.open(server.url("/"))
+            chromium.until("document.getElementById('facts').textContent.includes('384 dimensions')")
+            chromium.one("#model option:nth-child(2)").click()
+            assert "reranker" in chromium.one("#facts").text
+            assert [tab.text for tab in chromium.all("#tabs button")] == ["Rerank"]
+            chromium.run("rerank", "a query", "\n".join(TEXTS))
+            assert sorted(line.text for line in chromium.all(".ranked span")) == sorted(TEXTS)
 
     def test_texts_are_texts(self, page):
         evil = '<img src=x onerror="document.title=\'taken\'"><script>document.title="taken"</script>'

@@ -145,6 +145,24 @@ def test_concurrent_requests_have_the_bits_of_encode(server, embedder):
     assert all(asyncio.run(run()))
 
 
+def test_one_after_another_has_the_bits_of_encode(server, client, embedder, monkeypatch):
+    exact = embedder.encode(TEXTS, normalize_embeddings=True)
+    model, threads = server.state.models[0], set()
+    compute = model.served.compute
+
+    def seen(*arguments):
+        threads.add(threading.current_thread().name)
+        return compute(*arguments)
+
+    monkeypatch.setattr(model.served, "compute", seen)
+    assert model.batcher.lone_s > 0
+    monkeypatch.setattr(model.batcher, "lone_s", 60.0)
+    for i in range(40):
+        found = _base64(post(client, "/embed", {"inputs": TEXTS[i % 5], "encoding_format": "base64"}).json())
+        assert np.array_equal(found[0], exact[i % 5])
+    assert len(threads) == 2, "the loop's and the queue's"
+
+
 def test_openai_client_gets_the_bits_of_encode(server, embedder):
     client = openai.OpenAI(base_url=f"{server.address}/v1", api_key="first-key", max_retries=0)
     exact = embedder.encode(TEXTS, normalize_embeddings=True)
@@ -430,6 +448,7 @@ def test_metrics_are_teis(server, client):
     assert grown("te_request_input_length_sum") == grown("fastbert_tokens_total", kind="real") == 3 + 3 + 4
     assert grown("te_batch_next_tokens_sum") == 10
     assert grown("te_batch_next_size_sum") == 3
+    assert after["fastbert_inflight_requests", ()] == 0, "to ask for this is no work"
     names = {name for name, _ in after}
     for name in ("te_queue_size", "te_predict_count", "te_predict_success", "te_predict_queue_duration_count"):
         assert name in names
@@ -526,6 +545,7 @@ def test_models_are_chosen_by_name(minilm, tmp_path):
         httpx.Client(base_url=server.address, timeout=30) as client,
     ):
         assert [row["id"] for row in client.get("/v1/models").json()["data"]] == [NAME, "tiny"]
+        assert all(model.batcher.lone_s == 0 for model in server.state.models), "none stands in the other's way"
         body = {"inputs": "a"}
         assert post(client, "/embed", body).status_code == 200
         assert post(client, "/predict", body).status_code == 424

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -177,16 +178,21 @@ def test_flags_and_environment_of_text_embeddings_inference(minilm):
         (["no/such/model"], "was not found"),
         (["MODEL", "--json-output", "true"], "flags other than --auto-truncate take no value"),
         (["MODEL", "--compat", "tgi"], "compat is 'tgi'; it is one of openai, tei"),
-        (["MODEL", "--ssl-certfile", "x.pem"], "TLS needs both files"),
+        (["MODEL", "MODEL"], "is named twice"),
+        (["MODEL", "--ssl-certfile", "MODEL"], "TLS needs both files"),
+        (["MODEL", "--ssl-keyfile", "no.pem"], "'no.pem' does not exist"),
+        (["MODEL", "--api-key-file", "no.txt"], "'no.txt' does not exist"),
         (["MODEL", "--api-key", ""], "an API key is empty"),
         (["MODEL", "--served-model-name", "a", "--served-model-name", "b"], "2 served model names for 1 models"),
         (["MODEL", "--dtype", "float8"], "float8"),
         (["MODEL", "--port", "99999"], "65535"),
+        (["MODEL", "--port", "TAKEN"], "in use; use another --port (0 = any free one)"),
     ],
 )
 def test_bad_input_is_said(minilm, arguments, said):
-    given = [str(minilm) if argument == "MODEL" else argument for argument in arguments]
-    result = CliRunner().invoke(app, ["serve", *given])
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        names = {"MODEL": str(minilm), "TAKEN": str(taken.getsockname()[1])}
+        result = CliRunner().invoke(app, ["serve", *(names.get(argument, argument) for argument in arguments)])
     assert result.exit_code != 0
     assert said in " ".join(re.sub(r"[│\s]+", " ", result.output).split())
 

@@ -98,6 +98,8 @@ def serve(
         raise typer.BadParameter(
             f"{stray[0]!r} is no model; flags other than --auto-truncate take no value: --json-output, --no-json-output"
         )
+    if twice := {name for name in models if models.count(name) > 1}:
+        raise typer.BadParameter(f"{', '.join(sorted(twice))} is named twice: name each model once")
     for flag, value, why in (
         ("--prometheus-port", prometheus_port, "metrics are at /metrics of the server's own port"),
         ("--disable-spans", disable_spans, "there are no spans without --otlp-endpoint"),

@@ -1,4 +1,5 @@
-"""The queue in front of a model: requests of an event loop in, forward passes on one thread of its own.
+"""The queue in front of a model: requests of an event loop in, forward passes on one thread of its own; on the loop's
+where one client at a time asks for little.
 
 What is computed next is decided at the moment the device is free; nothing waits for a timer while it is idle.
 """
@@ -8,43 +9,23 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from time import monotonic
 
 from fastbert.serve.lanes import Batch, Lanes, Request
 from fastbert.serve.latency import LatencyModel
 from fastbert.serve.pace import Pace
-from fastbert.serve.passes import BatchReport, Computes, Outcome, Passes
+from fastbert.serve.passes import BatchReport, Computes, Counters, Outcome, Passes
 from fastbert.serve.work import (
     OUTPUTS,
-    ComputeFailed,
-    DeadlineExceeded,
     Done,
     Draining,
-    NonFinite,
     Overloaded,
     Work,
     WorkError,
 )
 
 _QUEUE_BATCHES = 32  # full forward passes that may wait, where `max_queue_tokens` does not say
-
-
-@dataclass
-class Counters:
-    """What has happened so far: forward passes, and requests that came to nothing."""
-
-    batches: int = 0
-    sequences: int = 0
-    tokens: int = 0
-    padded_tokens: int = 0
-    compute_s: float = 0.0
-    overloaded: int = 0
-    cancelled: int = 0
-    deadline_exceeded: int = 0
-    nonfinite: int = 0
-    failed: int = 0
-    oom_splits: int = 0
+_ALONE = 16  # requests one at a time before the next one is lone; each 16th goes the usual way, where company is seen
 
 
 class Batcher:
@@ -58,6 +39,8 @@ class Batcher:
             once; work that is larger than this by itself is taken when nothing waits.
         target_p99_ms: make forward passes so short that a request that finds one running, and then goes into the next,
             is answered within this time; None = use the whole budget.
+        lone_s: where requests come one at a time, a pass that is expected to take no longer runs on the event loop's
+            own thread: two hand-overs less, and nobody else there who would wait. 0 = never.
         bulk_share: the least part of the time that bulk work gets while interactive work is waiting too.
         on_batch: called on the event loop after each forward pass.
 
@@ -74,6 +57,7 @@ class Batcher:
         max_batch_sequences: int | None = None,
         max_queue_tokens: int | None = None,
         target_p99_ms: float | None = None,
+        lone_s: float = 0.0,
         bulk_share: float = 0.2,
         on_batch: Callable[[BatchReport], None] | None = None,
     ) -> None:
@@ -92,6 +76,7 @@ class Batcher:
         self.max_batch_sequences = max_batch_sequences
         self.max_queue_tokens = max_queue_tokens
         self.target_p99_ms = target_p99_ms
+        self.lone_s = lone_s
         self.on_batch = on_batch
         self.latency = LatencyModel()
         self.counters = Counters()
@@ -100,6 +85,7 @@ class Batcher:
         self._pace = Pace()
         self._running_until = 0.0  # when the forward pass under way is expected to end
         self._live: set[Request] = set()
+        self._alone = 0  # requests in a row that found nobody else here
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining = self._closed = False
         self._ready = threading.Condition()
@@ -157,7 +143,9 @@ class Batcher:
         left_s = None if work.deadline is None else work.deadline - request.arrived
         if left_s is not None and left_s <= 0:
             self.counters.deadline_exceeded += 1
-            raise _too_late(request)
+            raise request.too_late()
+        if self._is_lone(request):
+            return self._compute_here(request)
         self._admit(request, loop)
         timer = None if left_s is None else loop.call_later(left_s, self._expire, request)
         try:
@@ -172,6 +160,23 @@ class Batcher:
             if request.waits:
                 with self._ready:
                     self._lanes.remove(request)
+
+    def _is_lone(self, request: Request) -> bool:
+        self._alone = 0 if self._live else self._alone + 1
+        if self._alone < _ALONE or self._alone % _ALONE == 0 or self._running_until or self._draining:
+            return False
+        if request.tokens > self.batch_tokens or len(request.lengths) > (self.max_batch_sequences or request.tokens):
+            return False
+        seconds = self.latency.predict(*request.waiting())
+        return seconds <= min(self.lone_s, (request.work.deadline or float("inf")) - request.arrived)
+
+    def _compute_here(self, request: Request) -> Done:
+        # The compute thread has nothing to do and is given nothing meanwhile; each 16th request teaches enough.
+        outcome = self._passes.run(Batch.of([(request, i) for i in range(len(request.lengths))]))
+        self._pace.arrived(request.arrived)
+        self._pace.answered(1, self.latency, monotonic())
+        self._deliver(outcome)
+        return request.future.result()
 
     def _admit(self, request: Request, loop: asyncio.AbstractEventLoop) -> None:
         if self._live and loop is not self._loop:
@@ -191,7 +196,7 @@ class Batcher:
             self._ready.notify()
 
     def _expire(self, request: Request) -> None:
-        self._settle(request, _too_late(request))
+        self._settle(request, request.too_late())
 
     def _settle(self, request: Request, error: WorkError | None) -> None:
         """Give a request its result, on the event loop; the first one counts."""
@@ -200,9 +205,7 @@ class Batcher:
         if error is None:
             request.future.set_result(request.done())
             return
-        self.counters.deadline_exceeded += isinstance(error, DeadlineExceeded)
-        self.counters.nonfinite += isinstance(error, NonFinite)
-        self.counters.failed += isinstance(error, ComputeFailed)
+        self.counters.failure(error)
         request.future.set_exception(error)
 
     async def drain(self, timeout_s: float | None = None) -> bool:
@@ -230,13 +233,18 @@ class Batcher:
             self._settle(request, Draining("the server shut down before this was computed"))
 
     async def warm_up(self) -> None:
-        """Compute the shapes that will come, from one short sequence to a full batch, and learn what they take."""
+        """Compute the shapes that will come, from one short sequence to a full batch, and learn what they take.
+
+        Nobody asked for them: they are not counted.
+        """
+        on_batch, self.on_batch = self.on_batch, None
         output = next(output for output in OUTPUTS if output in self.served.outputs)
         longest = self.served.max_length
         lengths = sorted({min(length, longest) for length in (8, 32, 128, longest)})
         counts = [(length, 1) for length in lengths for _ in range(2)]
         for length, count in [*counts, (min(128, longest), max(1, self.max_batch_tokens // min(128, longest)))]:
             await self.submit(Work([[0] * length] * count, output=output))
+        self.on_batch, self.counters = on_batch, Counters()
 
     # On the compute thread.
 
@@ -247,7 +255,7 @@ class Batcher:
             if batch is None:
                 return
             outcome = self._passes.run(batch)
-            outcome.settled += [(request, _too_late(request)) for request in batch.expired]
+            outcome.settled += [(request, request.too_late()) for request in batch.expired]
             with self._ready:
                 for request, error in outcome.settled:
                     if error is not None:  # what else it has waiting is not computed
@@ -255,6 +263,7 @@ class Batcher:
                 self._pace.answered(len(outcome.settled), self.latency, monotonic())
             self._running_until = 0.0
             self._hand_over(outcome)
+            self._passes.learn(outcome.reports)
 
     def _next(self) -> Batch | None:
         """Wait for work and take a batch of it; None = stop. The lock is held."""
@@ -280,21 +289,10 @@ class Batcher:
                 raise
 
     def _deliver(self, outcome: Outcome) -> None:
-        counters = self.counters
-        counters.oom_splits += outcome.oom_splits
+        self.counters.oom_splits += outcome.oom_splits
         for request, error in outcome.settled:
             self._settle(request, error)
         for report in outcome.reports:
-            counters.batches += 1
-            counters.sequences += report.sequences
-            counters.tokens += report.tokens
-            counters.padded_tokens += report.padded_tokens
-            counters.compute_s += report.compute_s
+            self.counters.add(report)
             if self.on_batch is not None:
                 self.on_batch(report)
-
-
-def _too_late(request: Request) -> DeadlineExceeded:
-    deadline = request.work.deadline
-    assert deadline is not None
-    return DeadlineExceeded(f"the deadline, {deadline - request.arrived:.3f} s after the work came, is over")

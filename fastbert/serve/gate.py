@@ -88,7 +88,8 @@ class Gate:
                     message["headers"].append((b"connection", b"close"))
             await send(message)
 
-        self.state.inflight += 1
+        works = scope["method"] == "POST"  # to look at the numbers is no work
+        self.state.inflight += works
         span = None if self.tracer is None else self.tracer.begin(call)
         try:
             response = await self._answer(call, scope, receive, send_marked)
@@ -108,7 +109,7 @@ class Gate:
             else:
                 raise
         finally:
-            self.state.inflight -= 1
+            self.state.inflight -= works
             self._count(call, status)
             if span is not None and self.tracer is not None:
                 self.tracer.end(span, call, status)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fastbert.serve.latency import LatencyModel
-from fastbert.serve.work import Done, Work
+from fastbert.serve.work import DeadlineExceeded, Done, Work
 
 # A request yields to one that came later if that is shorter by more than 1/PATIENCE of the time between them.
 PATIENCE = 4.0
@@ -78,6 +78,12 @@ class Request:
         values = [value for value in self.values if value is not None]
         assert len(values) == len(self.values)
         return Done(values, self.queue_s, self.compute_s, self.tokens)
+
+    def too_late(self) -> DeadlineExceeded:
+        """What it gets when its deadline is over."""
+        assert self.work.deadline is not None
+        after = self.work.deadline - self.arrived
+        return DeadlineExceeded(f"the deadline, {after:.3f} s after the work came, is over")
 
 
 @dataclass

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,13 +19,29 @@ from fastbert.serve.server import serve
 from fastbert.serve.settings import Settings
 from fastbert.serve.state import State
 
+_LONE_S = 8e-3  # that the event loop may stand still, where one client asks for one short text after another
 _BUILD = ("version", "device", "dtype", "model", "sha")
 
 
 def launch(folders: Mapping[str, Path], settings: Settings, keys: Sequence[str]) -> bool:
     """Load the models of these names and folders, serve until a signal; whether all that was accepted was answered."""
     configure(settings.structured_logs, settings.log_level)
+    if settings.unix_socket is None:
+        _check_address(settings.host, settings.port)
     return serve(build_state(folders, settings, keys))
+
+
+def _check_address(host: str, port: int) -> None:
+    """Raise OSError where the server could not listen: now, not when the models are loaded."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            if os.name == "posix":  # elsewhere it takes an address from who has it
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        why = f"cannot listen on {host}, port {port}: {error.strerror}; use another --port (0 = any free one) or --host"
+        raise OSError(why) from error
 
 
 def build_state(folders: Mapping[str, Path], settings: Settings, keys: Sequence[str] = ()) -> State:
@@ -47,6 +65,8 @@ def build_state(folders: Mapping[str, Path], settings: Settings, keys: Sequence[
     state = State(settings, models, series, Keys(keys, settings.protect_metrics), cache, started=started)
     for model in models:
         model.batcher.on_batch = series.batch
+        if len(models) == 1 and model.served.device.type == "cpu":  # models do not wait for each other; no GPU tried it
+            model.batcher.lone_s = _LONE_S
     series.more += _of_models(state)
     return state
 

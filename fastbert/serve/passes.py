@@ -13,7 +13,7 @@ import torch
 from fastbert.packing import PackedBatch, pack
 from fastbert.serve.lanes import Batch, Request
 from fastbert.serve.latency import LatencyModel
-from fastbert.serve.work import ComputeFailed, NonFinite, WorkError
+from fastbert.serve.work import ComputeFailed, DeadlineExceeded, NonFinite, WorkError
 
 
 class Computes(Protocol):
@@ -45,13 +45,45 @@ class Computes(Protocol):
 
 @dataclass(frozen=True)
 class BatchReport:
-    """A forward pass that was made: `padded_tokens` is what padding to the longest would have computed."""
+    """A forward pass: `squares` is of its lengths, `padded_tokens` what padding to the longest would have computed."""
 
     sequences: int
     tokens: int
+    squares: int
     padded_tokens: int
     compute_s: float
     predicted_s: float
+
+
+@dataclass
+class Counters:
+    """What has happened so far: forward passes, and requests that came to nothing."""
+
+    batches: int = 0
+    sequences: int = 0
+    tokens: int = 0
+    padded_tokens: int = 0
+    compute_s: float = 0.0
+    overloaded: int = 0
+    cancelled: int = 0
+    deadline_exceeded: int = 0
+    nonfinite: int = 0
+    failed: int = 0
+    oom_splits: int = 0
+
+    def add(self, report: BatchReport) -> None:
+        """Count a forward pass."""
+        self.batches += 1
+        self.sequences += report.sequences
+        self.tokens += report.tokens
+        self.padded_tokens += report.padded_tokens
+        self.compute_s += report.compute_s
+
+    def failure(self, error: WorkError) -> None:
+        """Count a request that has no result."""
+        self.deadline_exceeded += isinstance(error, DeadlineExceeded)
+        self.nonfinite += isinstance(error, NonFinite)
+        self.failed += isinstance(error, ComputeFailed)
 
 
 @dataclass
@@ -64,10 +96,10 @@ class Outcome:
 
 
 class Passes:
-    """Runs batches on a model; belongs to one thread.
+    """Runs batches on a model; belongs to one thread at a time.
 
     Attributes:
-        latency: learns from each pass.
+        latency: learns from passes, when it is told to.
         memory_tokens: tokens of a pass that fit into memory, as far as is known.
     """
 
@@ -83,6 +115,14 @@ class Passes:
         self._run(batch.parts, outcome)
         return outcome
 
+    def learn(self, reports: Sequence[BatchReport]) -> None:
+        """Learn what passes take; nobody who waits for an answer should wait for this."""
+        for report in reports:
+            if self._warm:  # the first pass packs weights and loads kernels: it is like no other
+                self.latency.observe(report.tokens, report.squares, report.compute_s)
+            self._warm = True
+            self.memory_tokens *= 1.01  # what did not fit once may fit later
+
     def _run(self, parts: Sequence[tuple[Request, int]], outcome: Outcome) -> None:
         """Compute parts; where memory does not suffice, the halves of them."""
         batch = Batch.of([(r, i) for r, i in parts if not (r.failed or r.future.done())])
@@ -92,7 +132,7 @@ class Passes:
         values = self._forward(batch.parts)
         seconds = monotonic() - start
         if not isinstance(values, ComputeFailed):
-            self._learn(batch, seconds, outcome)
+            self._report(batch, seconds, outcome)
             self._record(batch.parts, values, start, seconds, outcome)
         elif isinstance(values.__cause__, MemoryError) and len(batch.parts) > 1:
             outcome.oom_splits += 1
@@ -123,15 +163,11 @@ class Passes:
             failed.__cause__ = MemoryError(str(error)) if is_out_of_memory(error) else error.with_traceback(None)
             return failed
 
-    def _learn(self, batch: Batch, seconds: float, outcome: Outcome) -> None:
+    def _report(self, batch: Batch, seconds: float, outcome: Outcome) -> None:
         predicted = self.latency.predict(batch.tokens, batch.squares)
-        if self._warm:  # the first pass packs weights and loads kernels: it is like no other
-            self.latency.observe(batch.tokens, batch.squares, seconds)
-        self._warm = True
-        self.memory_tokens *= 1.01  # what did not fit once may fit later
-        longest = max(request.lengths[i] for request, i in batch.parts)
-        padded = longest * len(batch.parts)
-        outcome.reports.append(BatchReport(len(batch.parts), batch.tokens, padded, seconds, predicted))
+        padded = max(request.lengths[i] for request, i in batch.parts) * len(batch.parts)
+        report = BatchReport(len(batch.parts), batch.tokens, batch.squares, padded, seconds, predicted)
+        outcome.reports.append(report)
 
     def _record(
         self,

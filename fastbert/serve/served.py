@@ -132,11 +132,13 @@ class Served:
 
         Raises:
             FileNotFoundError: no such model, or a file is missing in its folder.
-            ValueError: a corrupt file, a model that is not served, or an option that does not fit.
+            ValueError: a corrupt file, a model that is not served, or an option or device that does not fit.
         """
         root = resolve(name, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only)
         kind = kind_of(root, pooling)
         device = resolve_device(device)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device {str(device)!r} is wanted, but torch {torch.__version__} sees no GPU: use 'cpu'")
         dtype = resolve_dtype(dtype, device)
         sha = root.name if root.parent.name == "snapshots" else None
         if kind.name == "embedding":

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("fastbert.serve")
 
+_QUEUE_S = 2.0  # until the listening socket's queue is empty for once
 _LINGER_S = 0.25  # for requests that are on their way when the door is closed
 _FIRST_REQUEST_S = 2.0  # for the first request of somebody who has just connected
 _LOCAL = ("127.0.0.1", "::1", "localhost")
@@ -107,7 +108,7 @@ class Server(uvicorn.Server):
             queue = select.poll()
             for listener in server.sockets:
                 queue.register(listener.fileno(), select.POLLIN)
-            end = time.monotonic() + _LINGER_S
+            end = time.monotonic() + _QUEUE_S
             while queue.poll(0) and time.monotonic() < end:
                 await asyncio.sleep(0)
             server.close()

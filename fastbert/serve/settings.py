@@ -86,14 +86,14 @@ class Settings:
     host: str = _setting("127.0.0.1", "Network", "Address to listen on; 0.0.0.0 = all.", "--host", "--hostname")
     port: int = _setting(3000, "Network", "Port; 0 = any that is free.", "--port", "-p", env="PORT", min=0, max=65535)
     unix_socket: Path | None = _setting(None, "Network", "Listen on this socket instead of a port.")  # noqa: RUF009
-    ssl_certfile: Path | None = _setting(None, "Network", "TLS certificate (PEM).")  # noqa: RUF009
-    ssl_keyfile: Path | None = _setting(None, "Network", "TLS key (PEM).")  # noqa: RUF009
+    ssl_certfile: Path | None = _setting(None, "Network", "TLS certificate (PEM).", exists=True)  # noqa: RUF009
+    ssl_keyfile: Path | None = _setting(None, "Network", "TLS key (PEM).", exists=True)  # noqa: RUF009
     cors_allow_origin: tuple[str, ...] = _setting(
         (), "Network", "Origin that browsers may call from; * = any.", env="CORS_ALLOW_ORIGIN"
     )
 
     api_key: tuple[str, ...] = _setting((), "Security", "Key that requests must carry.", env="API_KEY", secret=True)
-    api_key_file: Path | None = _setting(None, "Security", "File with a key a line.")  # noqa: RUF009
+    api_key_file: Path | None = _setting(None, "Security", "File with a key a line.", exists=True)  # noqa: RUF009
     protect_metrics: bool = _setting(False, "Security", "Ask for the key on /metrics and /stats too.")
 
     compat: str = _setting(

@@ -20,7 +20,7 @@ class State:
 
     Attributes:
         phase: `starting`, `ready` or `draining`.
-        inflight: requests in the house.
+        inflight: requests in the house that want something computed.
         abandoned: requests that had to be given up at the end.
         compute_type: of the header `x-compute-type`.
     """
