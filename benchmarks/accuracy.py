@@ -19,7 +19,7 @@ from benchmarks import harness
 from benchmarks.labelled import data_folder
 from benchmarks.models import folder_of
 from benchmarks.texts import WORDS, real_texts
-from fastbert import Embedder, native, use_engine
+from fastbert import Embedder, native
 from fastbert.hub import DEFAULT_MODEL
 
 MODELS = (DEFAULT_MODEL, "all-mpnet-base-v2")
@@ -71,8 +71,7 @@ def measure(model: str, dtypes: list[str], num_texts: int, num_pairs: int) -> li
     exact_embedder = load(model, "float32")
     base = scores(exact_embedder, left, right)
     exact_embedder.model.double()
-    with use_engine("off"):  # which has no fp64
-        exact = exact_embedder.encode(texts, normalize_embeddings=True).astype(np.float64)
+    exact = exact_embedder.encode(texts, normalize_embeddings=True).astype(np.float64)
     rows = []
     for dtype in dtypes:
         embedder = load(model, dtype)

@@ -162,13 +162,15 @@ def compare(old: dict[Key, list[float]], new: dict[Key, list[float]]) -> list[Ch
     return sorted(changes, key=lambda change: -change.times)
 
 
-def table(changes: list[Change]) -> Table:
+def table(changes: list[Change]) -> Table | str:
     """What changed beyond chance."""
+    told = [change for change in changes if change.regressed or change.improved]
     title = f"{len(changes)} rows in both; slower or faster by {LEAST:.2f} times, p < {ALPHA} after Holm"
+    if not told:
+        return f"{title}: none"
     shown = harness.table(("row", "new / old", "p", ""), title, num_text=1)
-    for change in changes:
-        if change.regressed or change.improved:
-            verdict = "[red]slower[/]" if change.regressed else "[green]faster[/]"
-            by = "" if change.relative else " (by time: no base)"
-            shown.add_row(" ".join(change.key) + by, f"{change.times:.2f}", f"{change.p:.0e}", verdict)
+    for change in told:
+        verdict = "[red]slower[/]" if change.regressed else "[green]faster[/]"
+        by = "" if change.relative else " (by time: no base)"
+        shown.add_row(" ".join(change.key) + by, f"{change.times:.2f}", f"{change.p:.0e}", verdict)
     return shown

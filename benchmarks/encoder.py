@@ -27,7 +27,7 @@ from benchmarks.models import MADE, folder_of
 from benchmarks.providers import BASE, OWN, chosen, dtype_of, make, package_of, padding_percent, reason_against
 from benchmarks.texts import WORDS, real_texts
 from benchmarks.turns import Cell, Failed, Provider, Suite, Times, measure
-from fastbert import Embedder, use_engine
+from fastbert import Embedder
 from fastbert.hub import DEFAULT_MODEL
 from fastbert.sentence_folder import read_folder
 
@@ -119,8 +119,7 @@ class Bench:
 
     def gate(self, what: str, texts: list[str]) -> dict[str, float]:
         """Worst cosine of each provider that may have a row."""
-        with use_engine("off"):  # which has no fp64
-            exact = self.exact.encode(texts, normalize_embeddings=True)
+        exact = self.exact.encode(texts, normalize_embeddings=True)
         cosines = {}
         for provider in self.providers:
             try:
