@@ -19,6 +19,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fastbert.cli import app
+from fastbert.serve.server import _take_no_newcomers
 from fastbert.serve.settings import Settings
 
 
@@ -104,6 +105,26 @@ def test_sigterm_under_load_loses_nothing(minilm):
     assert all(client.refused for client in clients)
     assert sum(client.answered for client in clients) >= 20
     assert "stopped\n" in child.lines[-1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the filter is Linux's")
+def test_a_listening_socket_that_takes_no_newcomers_serves_those_it_has():
+    listener = socket.create_server(("127.0.0.1", 0))
+    early = socket.create_connection(listener.getsockname())
+    _take_no_newcomers(listener.fileno())
+    with early, listener.accept()[0] as served:
+        served.sendall(b"here")
+        assert early.recv(4) == b"here"
+        early.sendall(b"too")
+        assert served.recv(3) == b"too"
+    with socket.socket() as late:
+        late.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            late.connect(listener.getsockname())
+    address = listener.getsockname()
+    listener.close()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(address)
 
 
 def test_sigterm_resets_nobody_who_has_just_connected(minilm):

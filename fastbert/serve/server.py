@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import gc
 import logging
+import os
 import select
 import signal
 import socket
+import struct
+import sys
 import threading
 import time
 from collections.abc import Generator
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("fastbert.serve")
 
 _QUEUE_S = 2.0  # until the listening socket's queue is empty for once
+_HANDSHAKE_S = 0.05  # for those who had begun to connect
 _LINGER_S = 0.25  # for requests that are on their way when the door is closed
 _FIRST_REQUEST_S = 2.0  # for the first request of somebody who has just connected
 _LOCAL = ("127.0.0.1", "::1", "localhost")
@@ -108,6 +113,8 @@ class Server(uvicorn.Server):
             queue = select.poll()
             for listener in server.sockets:
                 queue.register(listener.fileno(), select.POLLIN)
+                _take_no_newcomers(listener.fileno())
+            await asyncio.sleep(_HANDSHAKE_S)
             end = time.monotonic() + _QUEUE_S
             while queue.poll(0) and time.monotonic() < end:
                 await asyncio.sleep(0)
@@ -155,3 +162,19 @@ def serve(state: State) -> bool:
     server = Server(state, tracer)
     server.run()
     return server.clean
+
+
+# Classic BPF over a TCP header: byte 13 holds its flags; with SYN set the packet is dropped, else kept whole.
+_DROP_SYN = ((0x30, 0, 0, 13), (0x45, 0, 1, 0x02), (0x06, 0, 0, 0), (0x06, 0, 0, 0xFFFFFFFF))
+_SO_ATTACH_FILTER = 26
+
+
+def _take_no_newcomers(listener: int) -> None:
+    """Have the kernel drop what would begin a connection to a listening socket (Linux, TCP): whoever comes asks again a
+    second later, and is refused by then. Else somebody connects between the last look at the queue and its end."""
+    with socket.socket(fileno=os.dup(listener)) as same:
+        if sys.platform == "linux" and same.family != socket.AF_UNIX:
+            code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in _DROP_SYN))
+            program = struct.pack("@HP", len(_DROP_SYN), ctypes.addressof(code))
+            with contextlib.suppress(OSError):  # a sandbox may forbid it: then as without
+                same.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
