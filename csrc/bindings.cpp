@@ -1,5 +1,6 @@
 // What Python sees: each function checks its tensors, chooses the kernel by dtype and releases the GIL around it.
 // Outputs are allocated by fastbert/native.py. The values of ids and labels are checked by fastbert.ops, not here.
+#include <omp.h>
 #include <pybind11/stl.h>
 
 #include "kernels.h"
@@ -172,7 +173,7 @@ void pool_fwd(Arg hidden_, Arg cu_seqlens_, Arg out_, Arg argmax_, const std::st
   argmax.expect(Dtype::int32, {S, D});
   const PoolMode mode = pool_mode(mode_name);
   if (argmax.present() != (mode == PoolMode::max)) argmax.fail<py::value_error>("goes with mode max, and only with it");
-  launch(hidden, [&](auto& k) { k.pool_fwd(hidden, cu_seqlens, out, argmax, S, D, mode); });
+  launch(hidden, [&](auto& k) { k.pool_fwd(hidden, cu_seqlens, out, argmax, S, D, mode, omp_get_max_threads()); });
 }
 
 void pool_bwd(Arg dout_, Arg cu_seqlens_, Arg argmax_, Arg dhidden_, const std::string& mode_name) {
@@ -190,7 +191,7 @@ void l2_normalize_fwd(Arg x_, Arg y_) {
   VIEW(x); VIEW(y);
   const int64_t S = x.expect_float().expect_ndim(2).size(0), D = x.columns();
   y.expect(Dtype::float32, {S, D});
-  launch(x, [&](auto& k) { k.l2_normalize_fwd(x, y, S, D); });
+  launch(x, [&](auto& k) { k.l2_normalize_fwd(x, y, S, D, omp_get_max_threads()); });
 }
 
 void cross_entropy_fwd(Arg logits_, Arg labels_, Arg losses_, Arg lse_, int64_t ignore_index) {

@@ -236,6 +236,10 @@ class Stamps {
 
 void bind_encoder(py::module_& m) {
   py::class_<Stamps>(m, "Stamps").def(py::init<py::list, py::list>()).def("same", &Stamps::same);
+  py::class_<TeamSize>(m, "TeamSize")
+      .def(py::init<>())
+      .def("of", &TeamSize::of, py::arg("asked"))
+      .def("took", &TeamSize::took, py::arg("tokens"), py::arg("nanoseconds"));
   py::class_<Either>(m, "Encoder")
       .def(py::init<const py::dict&, bool>(), py::arg("weights"), py::arg("high") = false)
       .def("forward", &Either::forward, py::arg("input_ids"), py::arg("position_ids"), py::arg("type_ids"),

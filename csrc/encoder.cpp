@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -69,7 +70,34 @@ struct Chunks {
   }
 };
 
+std::int64_t now() {  // ns
+  return std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
 }  // namespace
+
+int TeamSize::of(int asked) {
+  constexpr auto relaxed = std::memory_order_relaxed;  // threads that call at once may count a pass twice or not at all
+  if (halvings_.load(relaxed) && passes_.fetch_add(1, relaxed) == kPasses) halvings_.store(0, relaxed);
+  return std::max(1, asked >> halvings_.load(relaxed));
+}
+
+void TeamSize::took(std::int64_t tokens, std::int64_t nanoseconds) {
+  constexpr auto relaxed = std::memory_order_relaxed;
+  if (tokens / kStep >= kSteps) return;
+  const int halvings = halvings_.load(relaxed);
+  auto& fastest = fastest_[tokens / kStep];
+  if (halvings == 0 && (fastest.load(relaxed) == 0 || nanoseconds < fastest.load(relaxed)))
+    fastest.store(nanoseconds, relaxed);
+  const auto half = static_cast<double>(fastest.load(relaxed) << (halvings + 1));  // what half of this team takes at most
+  if (half == 0) return;
+  const double late = 2 * (static_cast<double>(nanoseconds) / half - 1);
+  const double lost = std::max(0.0, lost_.load(relaxed) + std::min(late, kMost));
+  lost_.store(lost < kPatience ? lost : 0, relaxed);
+  if (lost < kPatience) return;
+  halvings_.fetch_add(1, relaxed);
+  passes_.store(0, relaxed);
+}
 
 void relax(int turn) {
   constexpr int kSpins = 1 << 12;  // some 40 us: more than a stage's last task takes, less than a time slice
@@ -202,33 +230,47 @@ void Encoder<T>::give_back(Memory memory) {
 
 template <class T>
 void Encoder<T>::forward(const Tokens& tokens, std::int64_t max_seqlen, Stored<T>* out, int num_threads) {
+  pass(tokens, max_seqlen, out, num_threads, [](std::int64_t) {});
+}
+
+template <class T>
+template <class F>
+void Encoder<T>::pass(const Tokens& tokens, std::int64_t max_seqlen, Stored<T>* out, int num_threads, F finish) {
   const EncoderWeights<T>& w = weights_;
   const double per_token = static_cast<double>(4 * w.D * w.D + 2 * w.D * w.F), per_pair = 3.0 * w.D;
   const auto cost = [=](std::int64_t length) { return length * (per_token + per_pair * length); };
   const std::int64_t S = tokens.last, T_ = tokens.cu_seqlens[S];
-  if (T_ == 0) return;
+  if (T_ == 0) {
+    for (std::int64_t s = 0; s < S; ++s) finish(s);
+    return;
+  }
 
-  const Chunks apart(tokens.cu_seqlens, S, num_threads, kChunkTokens, cost);
+  Chunks apart(tokens.cu_seqlens, S, num_threads, kChunkTokens, cost);
   const bool enough = T_ >= kTogetherTokens * num_threads && apart.makespan * num_threads <= kBalanced * apart.total;
-  if (num_threads == 1 || enough) {
+  const int workers = enough || num_threads == 1 ? 1 : team_size_.of(num_threads);
+  if (workers == 1) {
+    const int threads = enough ? num_threads : 1;
+    if (threads < num_threads) apart = Chunks(tokens.cu_seqlens, S, 1, kChunkTokens, cost);
     const auto nbytes = round_up(kernels_.encoder_bytes(w, apart.max_tokens, max_seqlen, 1), 64);
-    Memory memory = borrow(nbytes * num_threads);
-#pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads) if (num_threads > 1)
+    Memory memory = borrow(nbytes * threads);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
     for (std::size_t i = 0; i < apart.list.size(); ++i) {
       Tokens part = tokens;
       part.first = apart.list[i].first;
       part.last = apart.list[i].last;
       kernels_.encoder_fwd(w, part, max_seqlen, out, memory.get() + omp_get_thread_num() * nbytes, {nullptr, 0, 1});
+      for (std::int64_t s = part.first; s < part.last; ++s) finish(s);
     }
     give_back(std::move(memory));
   } else {
     const Chunks together(tokens.cu_seqlens, S, 1, kTeamTokens, cost);
-    const std::int64_t num_stages = kernels_.encoder_stages(w), num_chunks = together.list.size();
+    const std::int64_t num_stages = kernels_.encoder_stages(w) + 1, num_chunks = together.list.size();
     const std::size_t stage_bytes = num_chunks * num_stages * sizeof(Stage);
-    const std::size_t nbytes = kernels_.encoder_bytes(w, together.max_tokens, max_seqlen, num_threads);
+    const std::size_t nbytes = kernels_.encoder_bytes(w, together.max_tokens, max_seqlen, workers);
     Memory memory = borrow(stage_bytes + nbytes);
     std::memset(memory.get(), 0, stage_bytes);
-#pragma omp parallel num_threads(num_threads)
+    const std::int64_t start = now();
+#pragma omp parallel num_threads(workers)
     for (std::int64_t i = 0; i < num_chunks; ++i) {
       Tokens part = tokens;
       part.first = together.list[i].first;
@@ -236,7 +278,10 @@ void Encoder<T>::forward(const Tokens& tokens, std::int64_t max_seqlen, Stored<T
       Stage* stages = reinterpret_cast<Stage*>(memory.get()) + i * num_stages;
       kernels_.encoder_fwd(w, part, max_seqlen, out, memory.get() + stage_bytes,
                            {stages, omp_get_thread_num(), omp_get_num_threads()});
+      std::int32_t* taken = &stages[num_stages - 1].taken;
+      for (std::int64_t s; (s = part.first + __atomic_fetch_add(taken, 1, __ATOMIC_RELAXED)) < part.last;) finish(s);
     }
+    team_size_.took(T_, now() - start);
     give_back(std::move(memory));
   }
 }
@@ -249,11 +294,13 @@ void Encoder<T>::forward_pooled(const Tokens& tokens, std::int64_t max_seqlen, P
   const std::int64_t place_bytes = mode == PoolMode::max ? round_up(S * D * sizeof(std::int32_t), 64) : 0;
   Memory memory = borrow(hidden_bytes + place_bytes + (unit ? S * D * sizeof(Stored<T>) : 0));
   auto* hidden = reinterpret_cast<Stored<T>*>(memory.get());
-  forward(tokens, max_seqlen, hidden, num_threads);
   auto* argmax = place_bytes ? reinterpret_cast<std::int32_t*>(memory.get() + hidden_bytes) : nullptr;
   if (unit) out = reinterpret_cast<Stored<T>*>(memory.get() + hidden_bytes + place_bytes);
-  kernels<Stored<T>>().pool_fwd(hidden, tokens.cu_seqlens, out, argmax, S, D, mode);
-  if (unit) kernels<Stored<T>>().l2_normalize_fwd(out, unit, S, D);
+  const Kernels<Stored<T>>& k = kernels<Stored<T>>();
+  pass(tokens, max_seqlen, hidden, num_threads, [&](std::int64_t s) {
+    k.pool_fwd(hidden, tokens.cu_seqlens + s, out + s * D, argmax ? argmax + s * D : nullptr, 1, D, mode, 1);
+    if (unit) k.l2_normalize_fwd(out + s * D, unit + s * D, 1, D, 1);
+  });
   give_back(std::move(memory));
 }
 

@@ -68,12 +68,12 @@ struct Kernels {
 
   // hidden (T, D) -> out (S, D); argmax (S, D) is the token of each maximum, -1 in an empty sequence (mode max only).
   void (*pool_fwd)(const T* hidden, const std::int32_t* cu_seqlens, T* out, std::int32_t* argmax, std::int64_t S,
-                   std::int64_t D, PoolMode mode);
+                   std::int64_t D, PoolMode mode, int threads);
   void (*pool_bwd)(const T* dout, const std::int32_t* cu_seqlens, const std::int32_t* argmax, T* dhidden,
                    std::int64_t S, std::int64_t D, PoolMode mode);
 
   // y = x / max(|x|, 1e-12), row by row.
-  void (*l2_normalize_fwd)(const T* x, float* y, std::int64_t S, std::int64_t D);
+  void (*l2_normalize_fwd)(const T* x, float* y, std::int64_t S, std::int64_t D, int threads);
 
   // losses and lse (M) of logits (M, V); rows labelled ignore_index have loss 0 and gradient 0. scale is one float.
   void (*cross_entropy_fwd)(const T* logits, const std::int64_t* labels, float* losses, double* lse, std::int64_t M,

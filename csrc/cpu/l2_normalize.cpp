@@ -6,8 +6,8 @@ namespace fastbert::FASTBERT_ISA {
 namespace {
 
 template <class T>
-void l2_normalize_fwd(const T* x, float* y, int64_t S, int64_t D) {
-#pragma omp parallel for schedule(static) if (S * D > kParallelWork)
+void l2_normalize_fwd(const T* x, float* y, int64_t S, int64_t D, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (S * D > kParallelWork)
   for (int64_t s = 0; s < S; ++s) {
     const T* from = x + s * D;
     vf squares{};

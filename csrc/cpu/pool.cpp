@@ -57,8 +57,8 @@ constexpr int kColumns = 4;
 
 template <class T>
 void pool_fwd(const T* hidden, const int32_t* cu_seqlens, T* out, int32_t* argmax, int64_t S, int64_t D,
-              PoolMode mode) {
-#pragma omp parallel for schedule(dynamic, 4) if (cu_seqlens[S] * D > kParallelWork)
+              PoolMode mode, int threads) {
+#pragma omp parallel for schedule(dynamic, 4) num_threads(threads) if (cu_seqlens[S] * D > kParallelWork)
   for (int64_t s = 0; s < S; ++s) {
     const int64_t begin = cu_seqlens[s], end = cu_seqlens[s + 1];
     const T* first = hidden + begin * D;
