@@ -5,6 +5,7 @@ It knows nothing of padding, of autograd or of when it is asked.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -135,6 +136,19 @@ def _precision(weights: dict[str, Any], high: bool) -> str:
     return str(weight.dtype).removeprefix("torch.")
 
 
+_team_ran = False  # in this process
+
+
+def _one_thread_in_child() -> None:
+    """After a fork the runtime of OpenMP waits for threads that only the parent has, in torch's ops as in ours."""
+    if _team_ran:
+        torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_one_thread_in_child)
+
+
 class Engine:
     """A model frozen into native panels. It can be called from several threads at once.
 
@@ -186,6 +200,8 @@ class Engine:
         rows = batch.num_tokens if pooling is None else batch.num_sequences
         out = torch.empty(rows, self._width, dtype=torch.float32 if unit else self.dtype)
         types = None if batch.type_ids is None or not self._has_types else batch.type_ids.contiguous()
+        global _team_ran
+        _team_ran = _team_ran or self.num_threads > 1
         self._encoder.forward(
             batch.input_ids.contiguous(), batch.position_ids.contiguous(), types, batch.cu_seqlens.contiguous(),
             out, batch.max_seqlen, self.num_threads, pooling, unit,
