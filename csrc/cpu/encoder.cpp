@@ -116,14 +116,26 @@ struct Worker {
     for (int turn = 0; __atomic_load_n(&stage.done, __ATOMIC_ACQUIRE) < count; ++turn) relax(turn);
   }
 
-  // The same for rows, some at a time: one is too small a task.
+  // The same, for `together` neighbours at a time.
+  template <class F>
+  INLINE void share_runs(int64_t count, int64_t together, F f) {
+    share((count + together - 1) / together, [&](int64_t task) LAMBDA {
+      const int64_t first = task * together, last = count < first + together ? count : first + together;
+      for (int64_t i = first; i < last; ++i) f(i);
+    });
+  }
+
+  // Of rows, one is too small a task.
   template <class F>
   INLINE void share_rows(int64_t count, F f) {
-    constexpr int64_t kTogether = 4;
-    share((count + kTogether - 1) / kTogether, [&](int64_t task) LAMBDA {
-      const int64_t first = task * kTogether, last = count < first + kTogether ? count : first + kTogether;
-      for (int64_t row = first; row < last; ++row) f(row);
-    });
+    share_runs(count, 4, f);
+  }
+
+  // Of panels, a run is one stream from memory: what a tile asks for past its panel's end is the worker's own next one.
+  template <class F>
+  INLINE void share_panels(int64_t count, F f) {
+    const int64_t tasks = 4 * team.workers;
+    share_runs(count, (count + tasks - 1) / tasks, f);
   }
 
   // What a product reads of these rows: themselves, or what `prepare` made of them.
@@ -201,7 +213,7 @@ struct Worker {
     });
     if (e.project.panels) {
       const Rows<T> from = operand(at.context, at.ldx, at.outer_operands);
-      share(e.project.out / kColumns, [&](int64_t p) LAMBDA {
+      share_panels(e.project.out / kColumns, [&](int64_t p) LAMBDA {
         activate(Activation::identity, e.project, p, rows, from, at.x + p * kColumns, at.ldx);
       });
       prepare_rows(first, at.outer_operands, 0, rows, at.x, at.ldx, e.D);
@@ -251,7 +263,7 @@ struct Worker {
     const int64_t panels = layer.intermediate.out / kColumns;
     for (int64_t d = 0; d < blocks; d += span) {
       const int64_t first = d * kPanels, last = panels < (d + span) * kPanels ? panels : (d + span) * kPanels;
-      share(last - first, [&](int64_t p) LAMBDA {
+      share_panels(last - first, [&](int64_t p) LAMBDA {
         activate(e.activation, layer.intermediate, first + p, count, operand_of_x().from(r0), at.inner + p * kColumns,
                  at.ldi);
       });
@@ -263,7 +275,7 @@ struct Worker {
 
   // sums = bias or sums, + A W over depth blocks [first, last).
   void accumulate(const Linear<T>& w, int64_t first, int64_t last, int64_t count, Rows<T> a) {
-    share(w.out / kColumns, [&](int64_t p) LAMBDA {
+    share_panels(w.out / kColumns, [&](int64_t p) LAMBDA {
       each_tile<T>(count, [&](int64_t r, int64_t n) LAMBDA {
         multiply(w, p, first, last, n, a.from(r), at.sums + r * at.ldc + p * kColumns, at.ldc);
       });

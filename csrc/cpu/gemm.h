@@ -28,7 +28,6 @@ template <class T>
 constexpr int64_t kDepthStep = 1;
 
 // Weights are asked for so many bytes before their turn: with few rows of A a panel is used up faster than it comes.
-// 8-bit ones gain nothing.
 constexpr int64_t kAhead = 8192;
 INLINE void ask_ahead(const void* weights) { __builtin_prefetch(static_cast<const char*>(weights) + kAhead); }
 

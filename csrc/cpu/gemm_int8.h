@@ -169,6 +169,7 @@ __attribute__((noinline)) void int_tile(int64_t depth, const char* a, int64_t ld
   for (int m = 0; m < MR; ++m) sums[m][0] = sums[m][1] = vi{};
   for (int64_t k = 0; k < depth; k += kGroup) {
     const vi left = Form::weights(panel + k * kColumns), right = Form::weights(panel + k * kColumns + W * kGroup);
+    for (int byte = 0; byte < kGroup * kColumns; byte += 64) ask_ahead(panel + k * kColumns + byte);
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m) {
       int32_t group;

@@ -18,7 +18,7 @@ constexpr bool kPrepared<split> = true;
 constexpr int64_t num_blocks(int64_t in) { return (in + kDepth - 1) / kDepth; }
 
 // Inputs of depth block d.
-INLINE int64_t depth_of(int64_t in, int64_t d) { return in - d * kDepth < kDepth ? in - d * kDepth : kDepth; }
+constexpr int64_t depth_of(int64_t in, int64_t d) { return in - d * kDepth < kDepth ? in - d * kDepth : kDepth; }
 
 // Bytes from row to row: whole cache lines, an odd number of them, so that equal columns share no set of L1.
 constexpr int64_t stride_nbytes(int64_t nbytes) { return (round_up(nbytes, 64) / 64 | 1) * 64; }
@@ -34,17 +34,23 @@ constexpr int64_t panel_nbytes(int64_t depth) {
   return kIntegers<T> ? int_panel_nbytes(depth) : round_up(depth, kDepthStep<T>) * kColumns * static_cast<int64_t>(sizeof(T));
 }
 
-// Panel p of depth block d: blocks one after the other, whole panels in each.
+// All depth blocks of one panel of columns.
+template <class T>
+constexpr int64_t column_nbytes(int64_t in) {
+  const int64_t last = num_blocks(in) - 1;
+  return last * panel_nbytes<T>(kDepth) + panel_nbytes<T>(depth_of(in, last));
+}
+
+// Panel p of depth block d: the blocks of a panel one after the other, as a product walks them.
 template <class T>
 INLINE const T* panel_of(const Linear<T>& w, int64_t d, int64_t p) {
-  const int64_t offset = d * (w.out / kColumns) * panel_nbytes<T>(kDepth) + p * panel_nbytes<T>(depth_of(w.in, d));
+  const int64_t offset = p * column_nbytes<T>(w.in) + d * panel_nbytes<T>(kDepth);
   return reinterpret_cast<const T*>(reinterpret_cast<const char*>(w.panels) + offset);
 }
 
 template <class T>
 int64_t panels_nbytes(int64_t out, int64_t in) {
-  const int64_t last = num_blocks(in) - 1;
-  return out / kColumns * (last * panel_nbytes<T>(kDepth) + panel_nbytes<T>(depth_of(in, last)));
+  return out / kColumns * column_nbytes<T>(in);
 }
 
 template <class T>
