@@ -42,12 +42,12 @@ const T* vector(Arg tensor, const char* name, int64_t size) {
   return view.present() ? static_cast<const T*>(view) : nullptr;
 }
 
-// (weight (out, in), bias (out) or None), and of 8-bit weights (..., scale (out), leading rows whose activations have 8
-// bits: whole ones of num_parts parts); out < 0 takes any.
+// (weight (out, in), bias (out) or None), and of 8-bit weights (..., scale (out), scale of inputs (in), leading rows
+// whose activations have 8 bits: whole ones of num_parts parts); out < 0 takes any.
 template <class T>
 LinearSource<T> linear(Arg tuple, const char* name, int64_t out, int64_t in, int64_t num_parts = 1) {
   const auto parts = py::cast<py::tuple>(tuple);
-  const std::size_t count = std::is_same_v<T, std::int8_t> ? 4 : 2;
+  const std::size_t count = std::is_same_v<T, std::int8_t> ? 5 : 2;
   if (parts.size() != count) throw py::value_error(std::string(name) + " needs " + std::to_string(count) + " parts");
   const View view(parts[0], name);
   view.expect_ndim(2).expect(dtype_of<Given<T>>(), {out < 0 ? view.size(0) : out, in});
@@ -55,8 +55,10 @@ LinearSource<T> linear(Arg tuple, const char* name, int64_t out, int64_t in, int
   LinearSource<T> source{{view, rows, in}, vector<Stored<T>>(parts[1], name, rows)};
   if constexpr (std::is_same_v<T, std::int8_t>) {
     source.scales = vector<float>(parts[2], name, rows);
-    if (source.scales == nullptr) throw py::value_error(std::string(name) + " needs a scale for each row");
-    source.fours = py::cast<int64_t>(parts[3]);
+    source.input_scale = vector<float>(parts[3], name, in);
+    if (source.scales == nullptr || source.input_scale == nullptr)
+      throw py::value_error(std::string(name) + " needs a scale for each row and for each input");
+    source.fours = py::cast<int64_t>(parts[4]);
     if (source.fours < 0 || source.fours > rows || source.fours * num_parts % rows)
       throw py::value_error(std::string(name) + " takes activations of 8 bits in " + std::to_string(source.fours) +
                             " of " + std::to_string(rows) + " rows, which is no whole number of its parts");

@@ -37,6 +37,12 @@ float value(bf16 x) {
   return wide;
 }
 
+std::vector<std::int64_t> counted(std::int64_t size) {
+  std::vector<std::int64_t> numbers(size);
+  std::iota(numbers.begin(), numbers.end(), std::int64_t{0});
+  return numbers;
+}
+
 struct Chunk {
   std::int64_t first, last;  // sequences
 };
@@ -183,8 +189,7 @@ float* Encoder<T>::copy(const V* values, const std::vector<std::int64_t>& rows) 
 
 template <class T>
 Norm Encoder<T>::copy(const NormSource<Stored<T>>& source, std::int64_t size) {
-  std::vector<std::int64_t> rows(size);
-  std::iota(rows.begin(), rows.end(), std::int64_t{0});
+  const auto rows = counted(size);
   return {copy(source.weight, rows), copy(source.bias, rows), source.eps};
 }
 
@@ -195,8 +200,9 @@ Linear<T> Encoder<T>::pack(const LinearSource<T>& source, const std::vector<std:
   for (std::int64_t i = 0; i < out; ++i)
     if (rows[i] >= 0) pointers[i] = source.weight.data + rows[i] * in;
   const float* scales = source.scales ? copy(source.scales, rows) : nullptr;
+  const float* input_scale = source.input_scale ? copy(source.input_scale, counted(in)) : nullptr;
   const Linear<T> linear{reinterpret_cast<T*>(panels_.get() + packed_), copy(source.bias, rows), in, out,
-                         source.fours * period / source.weight.rows, period};
+                         source.fours * period / source.weight.rows, period, input_scale};
   packed_ += kernels_.panels_nbytes(out, in);
   kernels_.pack_linear(pointers.data(), scales, linear);
   return linear;

@@ -40,12 +40,13 @@ constexpr std::int64_t kDepth = 384;
 
 // y = x W^T + bias; `out` is a multiple of panel_columns, with zero weights past the real columns. Of 8-bit
 // weights, the first `fours` of every `period` panels meet activations of 8 bits, four to a multiplication, the others
-// activations of 16 bits, two to one.
+// activations of 16 bits, two to one; before they are rounded, inputs are multiplied by input_scale.
 template <class T>
 struct Linear {
   const T* panels;
   const float* bias;
   std::int64_t in, out, fours, period;
+  const float* input_scale;
 };
 
 struct Norm {

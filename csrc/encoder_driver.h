@@ -34,12 +34,13 @@ struct Matrix {
   std::int64_t rows = 0, columns = 0;
 };
 
-// 8-bit weights have a scale a row, and say how many leading rows meet activations of 8 bits; see Linear.
+// 8-bit weights have a scale a row and one a column's input, and say how many leading rows meet activations of 8 bits;
+// see Linear.
 template <class T>
 struct LinearSource {
   Matrix<Given<T>> weight;
   const Stored<T>* bias = nullptr;
-  const float* scales = nullptr;
+  const float *scales = nullptr, *input_scale = nullptr;
   std::int64_t fours = 0;
 };
 

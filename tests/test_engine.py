@@ -166,9 +166,11 @@ class _Rounded(torch.nn.Module):
         self.coarse = coarse
         self.register_buffer("weight", linear.weight.double() * linear.weight_scale.double()[:, None])
         self.register_buffer("bias", linear.bias)
+        self.register_buffer("input_scale", linear.input_scale)
         self.narrow, self.block = narrow, block
 
     def forward(self, x):
+        x = x * self.input_scale.to(x.dtype)
         y = torch.cat([self.product(x, 8, slice(self.narrow)), self.product(x, 16, slice(self.narrow, None))], 1)
         return y.bfloat16().to(y.dtype) if self.coarse else y
 

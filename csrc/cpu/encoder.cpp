@@ -147,16 +147,17 @@ struct Worker {
   }
   Rows<T> operand_of_x() const { return operand(at.x, at.ldx, at.outer_operands); }
 
-  // Row `row`, as a product with w reads it.
-  INLINE void prepare(const Linear<T>& w, const Operands<T>& operands, int64_t row, const S* from, int64_t width) const {
-    if constexpr (kPrepared<T>) operands.fill(w, row, from, width);
+  // Row `row`, as a product with w reads it from depth block `block` on.
+  INLINE void prepare(const Linear<T>& w, const Operands<T>& operands, int64_t row, const S* from, int64_t width,
+                      int64_t block = 0) const {
+    if constexpr (kPrepared<T>) operands.fill(w, row, from, width, block);
   }
 
   // The same for `count` rows from r0 on, where no stage could do it along the way.
   void prepare_rows(const Linear<T>& w, const Operands<T>& operands, int64_t r0, int64_t count, const S* from,
-                    int64_t ld, int64_t width) {
+                    int64_t ld, int64_t width, int64_t block = 0) {
     if constexpr (kPrepared<T>)
-      share_rows(count, [&](int64_t r) LAMBDA { prepare(w, operands, r0 + r, from + (r0 + r) * ld, width); });
+      share_rows(count, [&](int64_t r) LAMBDA { prepare(w, operands, r0 + r, from + (r0 + r) * ld, width, block); });
   }
 
   // to = LN(z) with z in memory that may be overwritten by its vectors.
@@ -268,7 +269,7 @@ struct Worker {
                  at.ldi);
       });
       const int64_t width = e.F - d * kDepth < span * kDepth ? e.F - d * kDepth : span * kDepth;
-      prepare_rows(layer.output, at.inner_operands, 0, count, at.inner, at.ldi, width);
+      prepare_rows(layer.output, at.inner_operands, 0, count, at.inner, at.ldi, width, d);
       accumulate(layer.output, d, d + span, count, operand(at.inner, at.ldi, at.inner_operands));
     }
   }

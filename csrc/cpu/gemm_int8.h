@@ -123,25 +123,25 @@ void pack_int_panel(const int8_t* const* rows, const float* scales, int64_t begi
   }
 }
 
-// max|x|. What is not finite makes it so, and with it whatever is multiplied by it.
-INLINE float top_of(const float* x, int64_t n) {
+// max|scale x|. What is not finite makes it so, and with it whatever is multiplied by it.
+INLINE float top_of(const float* x, const float* scale, int64_t n) {
   vf tops{}, nan{};
   each_vector(n, [&](int64_t i, int lanes) LAMBDA {
-    const vf v = load(x + i, lanes);
+    const vf v = load(x + i, lanes) * load(scale + i, lanes);
     tops = max(max(v, -v), tops);
     nan = v == v ? nan : v;  // which the maximum does not take
   });
   return max(tops) + sum(nan);
 }
 
-// q = round(x / top * levels) + offset, at most kDepth of them; where top is below 1e-30 they count as zeros.
+// q = round(scale x / top * levels) + offset, at most kDepth of them; where top is below 1e-30 they count as zeros.
 template <class Form>
-INLINE void quantise(const float* x, int64_t n, float top, typename Form::Value* q) {
+INLINE void quantise(const float* x, const float* scale, int64_t n, float top, typename Form::Value* q) {
   typedef typename Form::Value vq __attribute__((vector_size(W * sizeof(typename Form::Value))));
   const float inverse = top > 1e-30f ? Form::kLevels / top : 0.f;
   each_vector(n, [&](int64_t i, int lanes) LAMBDA {
     // Adding 1.5 * 2^23 rounds to the nearest integer, halves to even, and leaves it in the low bits.
-    const vu bits = as_bits(load(x + i, lanes) * inverse + 12582912.f) + static_cast<uint32_t>(Form::kOffset);
+    const vu bits = as_bits(load(x + i, lanes) * load(scale + i, lanes) * inverse + 12582912.f) + static_cast<uint32_t>(Form::kOffset);
     const vq narrow = __builtin_convertvector(bits, vq);
     memcpy(q + i, &narrow, lanes * sizeof(typename Form::Value));
   });

@@ -173,14 +173,16 @@ struct Operands<int8_t> {
   }
   Rows<int8_t> all() const { return {data, ld, pairs, tops, ldt}; }
 
-  void fill(const Linear<int8_t>& w, int64_t row, const float* x, int64_t width) const {
+  // Row `row` from the inputs of w that begin at depth block `block`.
+  void fill(const Linear<int8_t>& w, int64_t row, const float* x, int64_t width, int64_t block) const {
     char* to = data + row * ld;
     for (int64_t d = 0; d < num_blocks(width); ++d, x += kDepth) {
       const int64_t depth = depth_of(width, d), first = d * kDepth;
-      const float top = top_of(x, depth);
+      const float* scale = w.input_scale + block * kDepth + first;
+      const float top = top_of(x, scale, depth);
       tops[row * ldt + d] = top;
-      if (w.fours > 0) quantise<Fours>(x, depth, top, reinterpret_cast<uint8_t*>(to) + first);
-      if (w.fours < w.period) quantise<Pairs>(x, depth, top, reinterpret_cast<int16_t*>(to + pairs) + first);
+      if (w.fours > 0) quantise<Fours>(x, scale, depth, top, reinterpret_cast<uint8_t*>(to) + first);
+      if (w.fours < w.period) quantise<Pairs>(x, scale, depth, top, reinterpret_cast<int16_t*>(to + pairs) + first);
     }
   }
 };
@@ -198,7 +200,7 @@ struct Operands<split> {
   void place(char* memory) { data = reinterpret_cast<split*>(memory); }
   Rows<split> all() const { return {data, ld}; }
 
-  void fill(const Linear<split>&, int64_t row, const float* x, int64_t width) const {
+  void fill(const Linear<split>&, int64_t row, const float* x, int64_t width, int64_t) const {
     auto* to = reinterpret_cast<bf16*>(data + row * ld);
     for (int64_t i = 0; i < round_up(width, kLow); i += W) {
       const int64_t left = width - i < 0 ? 0 : width - i < W ? width - i : W;

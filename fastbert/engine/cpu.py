@@ -49,10 +49,11 @@ def _refusal(parts: tuple[nn.Module, ...]) -> str | None:
 
 
 def _linear(linear: nn.Module) -> tuple[Any, ...]:
-    """(weight, bias), and of 8-bit weights (..., scale, leading outputs whose activations have 8 bits too)."""
+    """(weight, bias), and of 8-bit weights (..., scale, scale of inputs, leading outputs whose inputs have 8 bits)."""
     if isinstance(linear, Int8Linear):
         assert linear.bias is not None
-        return linear.weight.contiguous(), linear.bias, linear.weight_scale, _num_narrow(linear)
+        narrow = _num_narrow(linear)
+        return linear.weight.contiguous(), linear.bias, linear.weight_scale, linear.input_scale, narrow
     assert isinstance(linear, nn.Linear)
     return linear.weight.detach().contiguous(), linear.bias.detach().contiguous()
 
@@ -130,7 +131,7 @@ def _precision(weights: dict[str, Any], high: bool) -> str:
     """Weights, and where they are integers activations, in words."""
     weight, _, *integers = weights["layers"][0]["dense"]
     if integers:
-        return f"int8 with {8 if integers[1] else 16}-bit activations"
+        return f"int8 with {8 if integers[-1] else 16}-bit activations"
     if high:
         return "float32 as three products of bfloat16"
     return str(weight.dtype).removeprefix("torch.")
