@@ -141,7 +141,8 @@ INLINE void quantise(const float* x, const float* scale, int64_t n, float top, t
   const float inverse = top > 1e-30f ? Form::kLevels / top : 0.f;
   each_vector(n, [&](int64_t i, int lanes) LAMBDA {
     // Adding 1.5 * 2^23 rounds to the nearest integer, halves to even, and leaves it in the low bits.
-    const vu bits = as_bits(load(x + i, lanes) * load(scale + i, lanes) * inverse + 12582912.f) + static_cast<uint32_t>(Form::kOffset);
+    const vf level = load(x + i, lanes) * load(scale + i, lanes) * inverse;
+    const vu bits = as_bits(level + 12582912.f) + static_cast<uint32_t>(Form::kOffset);
     const vq narrow = __builtin_convertvector(bits, vq);
     memcpy(q + i, &narrow, lanes * sizeof(typename Form::Value));
   });
