@@ -25,6 +25,7 @@ from fastbert.serve.work import (
 )
 
 _QUEUE_BATCHES = 32  # full forward passes that may wait, where `max_queue_tokens` does not say
+_TICK_S = 1e-3  # of an event loop's timers
 _ALONE = 16  # requests one at a time before the next one is lone; each 16th goes the usual way, where company is seen
 
 
@@ -87,6 +88,8 @@ class Batcher:
         self._live: set[Request] = set()
         self._alone = 0  # requests in a row that found nobody else here
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._next_deadline = float("inf")  # for which it is set
         self._draining = self._closed = False
         self._ready = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="fastbert-compute", daemon=True)
@@ -140,22 +143,20 @@ class Batcher:
         request = Request(work, loop.create_future(), monotonic())
         if max(request.lengths) > self.served.max_length:
             raise ValueError(f"an input has {max(request.lengths)} tokens, the model takes {self.served.max_length}")
-        left_s = None if work.deadline is None else work.deadline - request.arrived
-        if left_s is not None and left_s <= 0:
+        if work.deadline is not None and work.deadline <= request.arrived:
             self.counters.deadline_exceeded += 1
             raise request.too_late()
         if self._is_lone(request):
             return self._compute_here(request)
         self._admit(request, loop)
-        timer = None if left_s is None else loop.call_later(left_s, self._expire, request)
+        if work.deadline is not None and work.deadline < self._next_deadline:
+            self._watch(work.deadline, loop)
         try:
             return await request.future
         except asyncio.CancelledError:
             self.counters.cancelled += 1
             raise
         finally:
-            if timer is not None:
-                timer.cancel()
             self._live.discard(request)
             if request.waits:
                 with self._ready:
@@ -181,7 +182,8 @@ class Batcher:
     def _admit(self, request: Request, loop: asyncio.AbstractEventLoop) -> None:
         if self._live and loop is not self._loop:
             raise RuntimeError("a batcher belongs to one event loop at a time, but work of another one is under way")
-        self._loop = loop
+        if loop is not self._loop:
+            self._loop, self._timer, self._next_deadline = loop, None, float("inf")
         tokens = request.tokens
         with self._ready:
             if self._draining:
@@ -195,8 +197,26 @@ class Batcher:
             self._live.add(request)
             self._ready.notify()
 
-    def _expire(self, request: Request) -> None:
-        self._settle(request, request.too_late())
+    def _watch(self, deadline: float, loop: asyncio.AbstractEventLoop) -> None:
+        """One timer for all: it is set for the earliest deadline, and seldom finds anybody still waiting then."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._next_deadline = deadline
+        self._timer = loop.call_later(deadline - monotonic(), self._expire, loop)
+
+    def _expire(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer, self._next_deadline = None, float("inf")
+        later = float("inf")
+        for request in self._live:
+            deadline = request.work.deadline
+            if deadline is None or request.future.done():
+                continue
+            if deadline <= monotonic() + _TICK_S:
+                self._settle(request, request.too_late())
+            else:
+                later = min(later, deadline)
+        if later < float("inf"):
+            self._watch(later, loop)
 
     def _settle(self, request: Request, error: WorkError | None) -> None:
         """Give a request its result, on the event loop; the first one counts."""
@@ -229,6 +249,8 @@ class Batcher:
         with self._ready:
             self._draining = self._closed = True
             self._ready.notify()
+        if self._timer is not None and self._loop is not None and not self._loop.is_closed():
+            self._timer.cancel()
         for request in list(self._live):
             self._settle(request, Draining("the server shut down before this was computed"))
 
