@@ -25,6 +25,7 @@ from fastbert.serve.work import (
 )
 
 _QUEUE_BATCHES = 32  # full forward passes that may wait, where `max_queue_tokens` does not say
+_AWAKE_S = 2e-4  # after a lone pass the event loop looks for the next request without sleeping
 _TICK_S = 1e-3  # of an event loop's timers
 _ALONE = 16  # requests one at a time before the next one is lone; each 16th goes the usual way, where company is seen
 
@@ -91,6 +92,7 @@ class Batcher:
         self._timer: asyncio.TimerHandle | None = None
         self._next_deadline = float("inf")  # for which it is set
         self._draining = self._closed = False
+        self._paused = False  # the thread waits for company, not for work
         self._ready = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="fastbert-compute", daemon=True)
         self._thread.start()
@@ -173,11 +175,17 @@ class Batcher:
 
     def _compute_here(self, request: Request) -> Done:
         # The compute thread has nothing to do and is given nothing meanwhile; each 16th request teaches enough.
-        outcome = self._passes.run(Batch.of([(request, i) for i in range(len(request.lengths))]))
+        outcome = self._passes.run([(request, i) for i in range(len(request.lengths))])
         self._pace.arrived(request.arrived)
         self._pace.answered(1, self.latency, monotonic())
         self._deliver(outcome)
+        asyncio.get_running_loop().call_soon(self._stay_awake, self._alone, monotonic() + _AWAKE_S)
         return request.future.result()
+
+    def _stay_awake(self, alone: int, until: float) -> None:
+        """Who asks alone asks again soon, and a core that has gone to sleep is slow to wake."""
+        if self._alone == alone and not self._live and monotonic() < until:
+            asyncio.get_running_loop().call_soon(self._stay_awake, alone, until)
 
     def _admit(self, request: Request, loop: asyncio.AbstractEventLoop) -> None:
         if self._live and loop is not self._loop:
@@ -195,7 +203,9 @@ class Batcher:
             self._pace.arrived(request.arrived)
             self._lanes.add(request, self.latency)
             self._live.add(request)
-            self._ready.notify()
+            # While company is waited for, each wake-up of the thread would cost what waiting for it saves.
+            if not self._paused or self._pause_s(request.arrived) <= 0:
+                self._ready.notify()
 
     def _watch(self, deadline: float, loop: asyncio.AbstractEventLoop) -> None:
         """One timer for all: it is set for the earliest deadline, and seldom finds anybody still waiting then."""
@@ -276,7 +286,7 @@ class Batcher:
                 batch = self._next()
             if batch is None:
                 return
-            outcome = self._passes.run(batch)
+            outcome = self._passes.run(batch.parts)
             outcome.settled += [(request, request.too_late()) for request in batch.expired]
             with self._ready:
                 for request, error in outcome.settled:
@@ -285,30 +295,40 @@ class Batcher:
                 self._pace.answered(len(outcome.settled), self.latency, monotonic())
             self._running_until = 0.0
             self._hand_over(outcome)
-            self._passes.learn(outcome.reports)
 
     def _next(self) -> Batch | None:
         """Wait for work and take a batch of it; None = stop. The lock is held."""
         while not self._closed:
             now = monotonic()
-            if not self._lanes.tokens:
-                self._ready.wait()
-            elif (pause := self._pace.pause_s(self._lanes, self.batch_tokens, self.latency, now)) > 0:
-                self._ready.wait(pause)
-            else:
-                batch = self._lanes.take(self.batch_tokens, self.max_batch_sequences, self.latency, now)
-                self._running_until = now + self.latency.predict(batch.tokens, batch.squares)
-                return batch
+            pause_s = self._pause_s(now) if self._lanes.tokens else None
+            if pause_s is None or pause_s > 0:
+                self._paused = pause_s is not None
+                self._ready.wait(pause_s)
+                continue
+            self._paused = False
+            batch = self._lanes.take(self.batch_tokens, self.max_batch_sequences, self.latency, now)
+            self._running_until = now + self.latency.predict(batch.tokens, batch.squares)
+            return batch
         return None
+
+    def _pause_s(self, now: float) -> float:
+        """How long to wait for company before the next pass. The lock is held."""
+        return self._pace.pause_s(self._lanes, self.batch_tokens, self.latency, now)
 
     def _hand_over(self, outcome: Outcome) -> None:
         """Cross to the event loop, once for the whole batch."""
         assert self._loop is not None
         try:
-            self._loop.call_soon_threadsafe(self._deliver, outcome)
+            self._loop.call_soon_threadsafe(self._settle_all, self._loop, outcome)
         except RuntimeError:  # the loop is closed: nobody waits any more
             if not self._loop.is_closed():
                 raise
+
+    # On the event loop again.
+
+    def _settle_all(self, loop: asyncio.AbstractEventLoop, outcome: Outcome) -> None:
+        self._deliver(outcome)
+        loop.call_soon(self._passes.learn, outcome.reports)  # behind those who now have their result
 
     def _deliver(self, outcome: Outcome) -> None:
         self.counters.oom_splits += outcome.oom_splits

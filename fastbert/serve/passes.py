@@ -97,7 +97,7 @@ class Outcome:
 
 
 class Passes:
-    """Runs batches on a model; belongs to one thread at a time.
+    """Runs batches on a model; `run` belongs to one thread at a time.
 
     Attributes:
         latency: learns from passes, when it is told to.
@@ -110,10 +110,10 @@ class Passes:
         self.memory_tokens = float("inf")
         self._warm = False
 
-    def run(self, batch: Batch) -> Outcome:
-        """Compute a batch."""
+    def run(self, parts: Sequence[tuple[Request, int]]) -> Outcome:
+        """Compute sequences of requests, together."""
         outcome = Outcome()
-        self._run(batch.parts, outcome)
+        self._run(parts, outcome)
         return outcome
 
     def learn(self, reports: Sequence[BatchReport]) -> None:
