@@ -25,7 +25,6 @@ from fastbert.serve.work import (
 )
 
 _QUEUE_BATCHES = 32  # full forward passes that may wait, where `max_queue_tokens` does not say
-_AWAKE_S = 2e-4  # after a lone pass the event loop looks for the next request without sleeping
 _TICK_S = 1e-3  # of an event loop's timers
 _ALONE = 16  # requests one at a time before the next one is lone; each 16th goes the usual way, where company is seen
 
@@ -179,13 +178,7 @@ class Batcher:
         self._pace.arrived(request.arrived)
         self._pace.answered(1, self.latency, monotonic())
         self._deliver(outcome)
-        asyncio.get_running_loop().call_soon(self._stay_awake, self._alone, monotonic() + _AWAKE_S)
         return request.future.result()
-
-    def _stay_awake(self, alone: int, until: float) -> None:
-        """Who asks alone asks again soon, and a core that has gone to sleep is slow to wake."""
-        if self._alone == alone and not self._live and monotonic() < until:
-            asyncio.get_running_loop().call_soon(self._stay_awake, alone, until)
 
     def _admit(self, request: Request, loop: asyncio.AbstractEventLoop) -> None:
         if self._live and loop is not self._loop:
@@ -204,7 +197,7 @@ class Batcher:
             self._lanes.add(request, self.latency)
             self._live.add(request)
             # While company is waited for, each wake-up of the thread would cost what waiting for it saves.
-            if not self._paused or self._pause_s(request.arrived) <= 0:
+            if not (self._paused and self._pace.expects_more and self._lanes.tokens < self.batch_tokens):
                 self._ready.notify()
 
     def _watch(self, deadline: float, loop: asyncio.AbstractEventLoop) -> None:
@@ -300,7 +293,9 @@ class Batcher:
         """Wait for work and take a batch of it; None = stop. The lock is held."""
         while not self._closed:
             now = monotonic()
-            pause_s = self._pause_s(now) if self._lanes.tokens else None
+            pause_s = None
+            if self._lanes.tokens:
+                pause_s = self._pace.pause_s(self._lanes, self.batch_tokens, self.latency, now)
             if pause_s is None or pause_s > 0:
                 self._paused = pause_s is not None
                 self._ready.wait(pause_s)
@@ -310,10 +305,6 @@ class Batcher:
             self._running_until = now + self.latency.predict(batch.tokens, batch.squares)
             return batch
         return None
-
-    def _pause_s(self, now: float) -> float:
-        """How long to wait for company before the next pass. The lock is held."""
-        return self._pace.pause_s(self._lanes, self.batch_tokens, self.latency, now)
 
     def _hand_over(self, outcome: Outcome) -> None:
         """Cross to the event loop, once for the whole batch."""
