@@ -1,4 +1,4 @@
-"""The express lane of a connection: it is taken by plain requests, and every other request is answered as without it."""
+"""The express lane of a connection: plain requests take it, and every other one is answered as without it."""
 
 from __future__ import annotations
 

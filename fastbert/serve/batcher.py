@@ -11,21 +11,14 @@ import threading
 from collections.abc import Callable
 from time import monotonic
 
+from fastbert.serve.deadlines import Deadlines
 from fastbert.serve.lanes import Batch, Lanes, Request
 from fastbert.serve.latency import LatencyModel
 from fastbert.serve.pace import Pace
 from fastbert.serve.passes import BatchReport, Computes, Counters, Outcome, Passes
-from fastbert.serve.work import (
-    OUTPUTS,
-    Done,
-    Draining,
-    Overloaded,
-    Work,
-    WorkError,
-)
+from fastbert.serve.work import OUTPUTS, Done, Draining, Overloaded, Work, WorkError
 
 _QUEUE_BATCHES = 32  # full forward passes that may wait, where `max_queue_tokens` does not say
-_TICK_S = 1e-3  # of an event loop's timers
 _ALONE = 16  # requests one at a time before the next one is lone; each 16th goes the usual way, where company is seen
 
 
@@ -86,10 +79,9 @@ class Batcher:
         self._pace = Pace()
         self._running_until = 0.0  # when the forward pass under way is expected to end
         self._live: set[Request] = set()
+        self._deadlines = Deadlines(self._live, self._expire)
         self._alone = 0  # requests in a row that found nobody else here
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._timer: asyncio.TimerHandle | None = None
-        self._next_deadline = float("inf")  # for which it is set
         self._draining = self._closed = False
         self._paused = False  # the thread waits for company, not for work
         self._ready = threading.Condition()
@@ -150,8 +142,7 @@ class Batcher:
         if self._is_lone(request):
             return self._compute_here(request)
         self._admit(request, loop)
-        if work.deadline is not None and work.deadline < self._next_deadline:
-            self._watch(work.deadline, loop)
+        self._deadlines.watch(work.deadline, loop)
         try:
             return await request.future
         except asyncio.CancelledError:
@@ -183,8 +174,7 @@ class Batcher:
     def _admit(self, request: Request, loop: asyncio.AbstractEventLoop) -> None:
         if self._live and loop is not self._loop:
             raise RuntimeError("a batcher belongs to one event loop at a time, but work of another one is under way")
-        if loop is not self._loop:
-            self._loop, self._timer, self._next_deadline = loop, None, float("inf")
+        self._loop = loop
         tokens = request.tokens
         with self._ready:
             if self._draining:
@@ -200,26 +190,8 @@ class Batcher:
             if not (self._paused and self._pace.expects_more and self._lanes.tokens < self.batch_tokens):
                 self._ready.notify()
 
-    def _watch(self, deadline: float, loop: asyncio.AbstractEventLoop) -> None:
-        """One timer for all: it is set for the earliest deadline, and seldom finds anybody still waiting then."""
-        if self._timer is not None:
-            self._timer.cancel()
-        self._next_deadline = deadline
-        self._timer = loop.call_later(deadline - monotonic(), self._expire, loop)
-
-    def _expire(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._timer, self._next_deadline = None, float("inf")
-        later = float("inf")
-        for request in self._live:
-            deadline = request.work.deadline
-            if deadline is None or request.future.done():
-                continue
-            if deadline <= monotonic() + _TICK_S:
-                self._settle(request, request.too_late())
-            else:
-                later = min(later, deadline)
-        if later < float("inf"):
-            self._watch(later, loop)
+    def _expire(self, request: Request) -> None:
+        self._settle(request, request.too_late())
 
     def _settle(self, request: Request, error: WorkError | None) -> None:
         """Give a request its result, on the event loop; the first one counts."""
@@ -252,8 +224,7 @@ class Batcher:
         with self._ready:
             self._draining = self._closed = True
             self._ready.notify()
-        if self._timer is not None and self._loop is not None and not self._loop.is_closed():
-            self._timer.cancel()
+        self._deadlines.close()
         for request in list(self._live):
             self._settle(request, Draining("the server shut down before this was computed"))
 
@@ -310,18 +281,12 @@ class Batcher:
         """Cross to the event loop, once for the whole batch."""
         assert self._loop is not None
         try:
-            self._loop.call_soon_threadsafe(self._settle_all, self._loop, outcome)
+            self._loop.call_soon_threadsafe(self._deliver, outcome, self._loop)
         except RuntimeError:  # the loop is closed: nobody waits any more
             if not self._loop.is_closed():
                 raise
 
-    # On the event loop again.
-
-    def _settle_all(self, loop: asyncio.AbstractEventLoop, outcome: Outcome) -> None:
-        self._deliver(outcome)
-        loop.call_soon(self._passes.learn, outcome.reports)  # behind those who now have their result
-
-    def _deliver(self, outcome: Outcome) -> None:
+    def _deliver(self, outcome: Outcome, loop: asyncio.AbstractEventLoop | None = None) -> None:
         self.counters.oom_splits += outcome.oom_splits
         for request, error in outcome.settled:
             self._settle(request, error)
@@ -329,3 +294,5 @@ class Batcher:
             self.counters.add(report)
             if self.on_batch is not None:
                 self.on_batch(report)
+        if loop is not None:
+            loop.call_soon(self._passes.learn, outcome.reports)  # behind those who now have their result

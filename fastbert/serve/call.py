@@ -180,10 +180,9 @@ class Answer(Response):
         """Send head and body in one piece, past ASGI's messages; False = not now, and nothing was sent."""
         if cycle.disconnected or cycle.flow.write_paused or not cycle.keep_alive:
             return False
-        first = b"".join([b"%b: %b\r\n" % line for line in cycle.default_headers])
-        cycle.transport.write(
-            b"HTTP/1.1 200 OK\r\n%b%bx-request-id: %b\r\n\r\n%b" % (first, self.lines, request_id.encode(), self.body)
-        )
+        date = b"".join([b"%b: %b\r\n" % line for line in cycle.default_headers])
+        head = b"HTTP/1.1 200 OK\r\n%b%bx-request-id: %b\r\n\r\n" % (date, self.lines, request_id.encode())
+        cycle.transport.write(head + self.body)
         cycle.response_started = cycle.response_complete = True
         cycle.message_event.set()
         cycle.on_response()
