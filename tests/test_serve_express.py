@@ -176,6 +176,18 @@ def test_a_known_head_within_another_request_is_none(server, taken):
     assert taken == []
 
 
+def test_empty_lines_are_no_request(server, taken):
+    with closing(connect(server)) as connection:
+        expected = ask(connection, PLAIN, PLAIN)[1][2]
+        ask(connection, request(b"", KEY))
+        for _ in range(2):
+            connection.sendall(b"\r\n\r\n")
+            time.sleep(0.05)
+        assert ask(connection, b"\r\n" + PLAIN, PLAIN)[0][2] == expected
+        connection.sendall(b"\0\0\r\n\r\n")
+        assert answers(connection, 1)[0][0] == 400
+
+
 def test_while_the_server_drains_the_connection_ends(server, taken, monkeypatch):
     with closing(connect(server)) as connection:
         ask(connection, PLAIN, PLAIN)

@@ -58,8 +58,9 @@ class Connection(HttpToolsProtocol):
             return
         if self._in_headers():
             self._header_bytes += len(data)
+        before = self.cycle
         super().data_received(data)
-        if plain and self._fresh and self.gate is not None:
+        if plain and self._fresh and self.cycle is not before and self.gate is not None:
             self.heads.learn(data, self.cycle, self.gate)
         if self._in_headers() and self._header_bytes > MAX_HEADER_BYTES:
             self._give_up(431, f"headers are longer than {MAX_HEADER_BYTES} bytes")
@@ -70,6 +71,7 @@ class Connection(HttpToolsProtocol):
 
     def _begin(self, known: Known, body: bytes) -> None:
         self._stop_reading()
+        self._header_bytes = 0
         scope: dict[str, Any] = {
             **known.scope, "client": self.client, "server": self.server, "scheme": self.scheme, BODY: body
         }  # fmt: skip
