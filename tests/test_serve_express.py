@@ -242,6 +242,7 @@ def test_a_failure_is_an_answer(server, taken, monkeypatch):
 def test_heads_are_not_kept_for_ever(server, monkeypatch):
     monkeypatch.setattr("fastbert.serve.express._MOST", 3)
     with closing(connect(server)) as connection:
+        ask(connection, PLAIN)
         heads = next(iter(server.server_state.connections)).heads
         for number in range(8):
             ask(connection, request({"inputs": "a"}, KEY, f"x-request-id: {number}"))
