@@ -18,6 +18,7 @@ from fastbert.serve.cache import Cache, CachedBatcher
 from fastbert.serve.lanes import Lanes, Request
 from fastbert.serve.latency import LatencyModel
 from fastbert.serve.pace import Pace
+from fastbert.serve.passes import is_finite
 from fastbert.serve.work import (
     ComputeFailed,
     DeadlineExceeded,
@@ -308,6 +309,40 @@ def test_drain_finishes_what_was_accepted():
             assert [(await t).values[0][2] for t in tasks] == list(range(2, 9))
 
     asyncio.run(main())
+
+
+def test_deadlines_of_many_are_kept_by_one_timer():
+    """The later ones are not forgotten when the earliest is over, nor the earlier ones that come afterwards."""
+    model = Model()
+    batcher = Batcher(model)
+
+    async def waited(seconds):
+        start = time.monotonic()
+        with pytest.raises(DeadlineExceeded):
+            await batcher.submit(Work([[2]], deadline=start + seconds))
+        return time.monotonic() - start
+
+    async def run():
+        model.gate.clear()
+        first = asyncio.ensure_future(batcher.submit(Work([[1]], deadline=time.monotonic() + 60)))
+        await model.inside()
+        found = await asyncio.gather(*(waited(seconds) for seconds in (0.6, 0.2, 0.4, 0.05)))
+        model.gate.set()
+        assert (await first).tokens == 1
+        assert await batcher.drain(30)
+        return found
+
+    for seconds, took in zip((0.6, 0.2, 0.4, 0.05), asyncio.run(run()), strict=True):
+        assert seconds - 0.01 <= took < seconds + 20
+    assert batcher.counters.deadline_exceeded == 4
+
+
+@pytest.mark.parametrize(("number", "finite"), [(1e30, True), (3.4e38, True), (np.nan, False), (-np.inf, False)])
+def test_what_is_not_finite_is_seen_and_what_is_huge_is_not_meant(number, finite):
+    array = np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)
+    assert is_finite(array)
+    array[1, 2] = number
+    assert is_finite(array) is finite
 
 
 def test_drain_gives_up_at_its_deadline():

@@ -20,6 +20,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import fastbert
+from fastbert.serve.metrics import Histogram
 from fastbert.serve.scores import normalize
 from fastbert.serve.series import Series
 from fastbert.serve.work import Overloaded
@@ -656,3 +657,17 @@ def test_rates_are_of_the_time_that_the_server_has_been_up():
     assert series.rolling()["tokens_per_s"] == pytest.approx(80.0, rel=0.05)
     series.began = now - 1000.0
     assert series.rolling()["requests_per_s"] == pytest.approx(20 / 60, rel=0.05)
+
+
+def test_what_is_counted_together_is_what_is_counted_one_by_one():
+    rng = np.random.default_rng(0)
+    bounds = (0.1, 0.5, 2.0)
+    values = [*rng.exponential(1.0, 200).tolist(), *bounds]
+    times = rng.integers(1, 5, len(values)).tolist()
+    together, single = (Histogram("h", "", bounds, ["a"]) for _ in range(2))
+    together.observe_all(values[:50], "x")
+    together.observe_all(values[50:], "x", times=times[50:])
+    for i, value in enumerate(values):
+        single.observe(value, "x", times=1 if i < 50 else times[i])
+    assert together.series[("x",)][0] == single.series[("x",)][0]
+    assert together.series[("x",)][1] == pytest.approx(single.series[("x",)][1])

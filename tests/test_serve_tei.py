@@ -135,6 +135,7 @@ def test_a_single_predict_counts_as_teis_where_asked():
     for compat, counts in (("tei", {"request_count": 1}), ("openai", {"request_success": 1})):
         series = Series(64, compat)
         series.answered("predict", "single", 0.1, [3], 0.0, [0.0], [0.1])
+        series.settle()
         for name in ("request_count", "request_success"):
             assert getattr(series, name).values.get(("single",), 0) == counts.get(name, 0)
 

@@ -11,18 +11,12 @@ import threading
 from collections.abc import Callable
 from time import monotonic
 
+from fastbert.serve.deadlines import Deadlines
 from fastbert.serve.lanes import Batch, Lanes, Request
 from fastbert.serve.latency import LatencyModel
 from fastbert.serve.pace import Pace
 from fastbert.serve.passes import BatchReport, Computes, Counters, Outcome, Passes
-from fastbert.serve.work import (
-    OUTPUTS,
-    Done,
-    Draining,
-    Overloaded,
-    Work,
-    WorkError,
-)
+from fastbert.serve.work import OUTPUTS, Done, Draining, Overloaded, Work, WorkError
 
 _QUEUE_BATCHES = 32  # full forward passes that may wait, where `max_queue_tokens` does not say
 _ALONE = 16  # requests one at a time before the next one is lone; each 16th goes the usual way, where company is seen
@@ -85,9 +79,11 @@ class Batcher:
         self._pace = Pace()
         self._running_until = 0.0  # when the forward pass under way is expected to end
         self._live: set[Request] = set()
+        self._deadlines = Deadlines(self._live, self._expire)
         self._alone = 0  # requests in a row that found nobody else here
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining = self._closed = False
+        self._paused = False  # the thread waits for company, not for work
         self._ready = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="fastbert-compute", daemon=True)
         self._thread.start()
@@ -140,22 +136,19 @@ class Batcher:
         request = Request(work, loop.create_future(), monotonic())
         if max(request.lengths) > self.served.max_length:
             raise ValueError(f"an input has {max(request.lengths)} tokens, the model takes {self.served.max_length}")
-        left_s = None if work.deadline is None else work.deadline - request.arrived
-        if left_s is not None and left_s <= 0:
+        if work.deadline is not None and work.deadline <= request.arrived:
             self.counters.deadline_exceeded += 1
             raise request.too_late()
         if self._is_lone(request):
             return self._compute_here(request)
         self._admit(request, loop)
-        timer = None if left_s is None else loop.call_later(left_s, self._expire, request)
+        self._deadlines.watch(work.deadline, loop)
         try:
             return await request.future
         except asyncio.CancelledError:
             self.counters.cancelled += 1
             raise
         finally:
-            if timer is not None:
-                timer.cancel()
             self._live.discard(request)
             if request.waits:
                 with self._ready:
@@ -172,7 +165,7 @@ class Batcher:
 
     def _compute_here(self, request: Request) -> Done:
         # The compute thread has nothing to do and is given nothing meanwhile; each 16th request teaches enough.
-        outcome = self._passes.run(Batch.of([(request, i) for i in range(len(request.lengths))]))
+        outcome = self._passes.run([(request, i) for i in range(len(request.lengths))])
         self._pace.arrived(request.arrived)
         self._pace.answered(1, self.latency, monotonic())
         self._deliver(outcome)
@@ -193,7 +186,9 @@ class Batcher:
             self._pace.arrived(request.arrived)
             self._lanes.add(request, self.latency)
             self._live.add(request)
-            self._ready.notify()
+            # While company is waited for, each wake-up of the thread would cost what waiting for it saves.
+            if not (self._paused and self._pace.expects_more and self._lanes.tokens < self.batch_tokens):
+                self._ready.notify()
 
     def _expire(self, request: Request) -> None:
         self._settle(request, request.too_late())
@@ -229,6 +224,7 @@ class Batcher:
         with self._ready:
             self._draining = self._closed = True
             self._ready.notify()
+        self._deadlines.close()
         for request in list(self._live):
             self._settle(request, Draining("the server shut down before this was computed"))
 
@@ -254,7 +250,7 @@ class Batcher:
                 batch = self._next()
             if batch is None:
                 return
-            outcome = self._passes.run(batch)
+            outcome = self._passes.run(batch.parts)
             outcome.settled += [(request, request.too_late()) for request in batch.expired]
             with self._ready:
                 for request, error in outcome.settled:
@@ -263,32 +259,34 @@ class Batcher:
                 self._pace.answered(len(outcome.settled), self.latency, monotonic())
             self._running_until = 0.0
             self._hand_over(outcome)
-            self._passes.learn(outcome.reports)
 
     def _next(self) -> Batch | None:
         """Wait for work and take a batch of it; None = stop. The lock is held."""
         while not self._closed:
             now = monotonic()
-            if not self._lanes.tokens:
-                self._ready.wait()
-            elif (pause := self._pace.pause_s(self._lanes, self.batch_tokens, self.latency, now)) > 0:
-                self._ready.wait(pause)
-            else:
-                batch = self._lanes.take(self.batch_tokens, self.max_batch_sequences, self.latency, now)
-                self._running_until = now + self.latency.predict(batch.tokens, batch.squares)
-                return batch
+            pause_s = None
+            if self._lanes.tokens:
+                pause_s = self._pace.pause_s(self._lanes, self.batch_tokens, self.latency, now)
+            if pause_s is None or pause_s > 0:
+                self._paused = pause_s is not None
+                self._ready.wait(pause_s)
+                continue
+            self._paused = False
+            batch = self._lanes.take(self.batch_tokens, self.max_batch_sequences, self.latency, now)
+            self._running_until = now + self.latency.predict(batch.tokens, batch.squares)
+            return batch
         return None
 
     def _hand_over(self, outcome: Outcome) -> None:
         """Cross to the event loop, once for the whole batch."""
         assert self._loop is not None
         try:
-            self._loop.call_soon_threadsafe(self._deliver, outcome)
+            self._loop.call_soon_threadsafe(self._deliver, outcome, self._loop)
         except RuntimeError:  # the loop is closed: nobody waits any more
             if not self._loop.is_closed():
                 raise
 
-    def _deliver(self, outcome: Outcome) -> None:
+    def _deliver(self, outcome: Outcome, loop: asyncio.AbstractEventLoop | None = None) -> None:
         self.counters.oom_splits += outcome.oom_splits
         for request, error in outcome.settled:
             self._settle(request, error)
@@ -296,3 +294,5 @@ class Batcher:
             self.counters.add(report)
             if self.on_batch is not None:
                 self.on_batch(report)
+        if loop is not None:
+            loop.call_soon(self._passes.learn, outcome.reports)  # behind those who now have their result

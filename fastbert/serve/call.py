@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from random import getrandbits
 from typing import TYPE_CHECKING, TypeVar
 
@@ -26,16 +27,49 @@ M = TypeVar("M", bound=BaseModel)
 
 _BRANCHES = {"str", "Document", "texts form", "documents form"}
 
+HEAD = "fastbert.head"  # in a scope whose head was read before
+BODY = "fastbert.body"  # and whose body, within the limit, is here
+
+
+@dataclass(frozen=True)
+class Head:
+    """What the head of a request says.
+
+    Attributes:
+        path: below the root path.
+        sent: its headers by their names in lower case.
+        given_id: the client's `x-request-id`, or an empty string.
+        dialect: of errors.
+        media_type: of the body.
+        is_json: whether that is JSON.
+    """
+
+    path: str
+    sent: Mapping[str, str]
+    given_id: str
+    dialect: str
+    media_type: str
+    is_json: bool
+
+    @classmethod
+    def of(cls, scope: Scope, compat: str) -> Head:
+        """The head of an ASGI scope; `compat` is the server's setting."""
+        path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
+        sent = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        given = sent.get("x-request-id", "")
+        usable = len(given) <= 128 and given.isascii() and given.isprintable()
+        kind = sent.get("content-type", "").split(";")[0].strip().lower()
+        is_json = kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
+        return cls(path, sent, given if usable else "", dialect_of(path, compat), kind, is_json)
+
 
 class Call(Request):
     """A request, with the server it came to.
 
     Attributes:
         server: the server's state.
+        head: what it said before its body; `path`, `sent` and `dialect` are of it.
         id: of the client's `x-request-id`, or ours.
-        path: below the root path.
-        sent: its headers by their names in lower case.
-        dialect: of its errors.
         stages: seconds by stage.
         tokens, characters: of the inputs.
         num_truncated: inputs that were cut.
@@ -45,12 +79,9 @@ class Call(Request):
         super().__init__(scope, receive, send)
         self.server = server
         self.started = time.perf_counter()
-        self.path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
-        self.sent = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        given = self.sent.get("x-request-id", "")
-        usable = 0 < len(given) <= 128 and given.isascii() and given.isprintable()
-        self.id = given if usable else f"{getrandbits(128):032x}"  # no secret, so no system call
-        self.dialect = dialect_of(self.path, server.settings.compat)
+        self.head: Head = scope.get(HEAD) or Head.of(scope, server.settings.compat)
+        self.path, self.sent, self.dialect = self.head.path, self.head.sent, self.head.dialect
+        self.id = self.head.given_id or f"{getrandbits(128):032x}"  # no secret, so no system call
         self.stages: dict[str, float] = {}
         self.tokens = self.characters = self.num_truncated = 0
 
@@ -62,11 +93,13 @@ class Call(Request):
             BadJSON: it is no JSON, or nested too deep.
             Invalid: JSON of another shape; the first misfit is named.
         """
-        kind = self.sent.get("content-type", "").split(";")[0].strip().lower()
-        if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
-            raise WrongContentType(f"Expected request with `Content-Type: application/json`, got {kind or 'none'!r}")
-        declared = self.sent.get("content-length", "")
-        body = await read_body(self.receive, declared, self.server.settings.payload_limit)
+        if not self.head.is_json:
+            given = self.head.media_type or "none"
+            raise WrongContentType(f"Expected request with `Content-Type: application/json`, got {given!r}")
+        body: bytes | None = self.scope.get(BODY)
+        if body is None:
+            declared = self.sent.get("content-length", "")
+            body = await read_body(self.receive, declared, self.server.settings.payload_limit)
         started = time.perf_counter()
         parsed = parse(adapter, body)
         self.stages["parse"] = time.perf_counter() - started
@@ -112,44 +145,44 @@ class Call(Request):
     def answer(self, content: bytes, media_type: str = "application/json", **headers: str) -> Response:
         """A 200 with TEI's headers and `Server-Timing`; what a stage took stands there in milliseconds, not rounded."""
         total = time.perf_counter() - self.started
-        milliseconds = str(int(total * 1e3))
-        timing = [f"{name};dur={self.stages[name] * 1e3:.3f}" for name in STAGES if name in self.stages]
-        found = {
-            "content-type": media_type,
-            "content-length": str(len(content)),
-            "x-compute-type": self.server.compute_type,
-            "x-compute-time": milliseconds,
-            "x-compute-characters": str(self.characters),
-            "x-compute-tokens": str(self.tokens),
-            "x-total-time": milliseconds,
-            "x-tokenization-time": self._milliseconds("tokenize"),
-            "x-queue-time": self._milliseconds("queue"),
-            "x-inference-time": self._milliseconds("compute"),
-            "x-truncated-inputs": str(self.num_truncated),
-            "server-timing": ", ".join([*timing, f"total;dur={total * 1e3:.3f}"]),
-        }
-        found.update((name.replace("_", "-"), value) for name, value in headers.items())
-        return Answer(content, found)
+        milliseconds = int(total * 1e3)
+        timing = "".join([f"{name};dur={self.stages[name] * 1e3:.3f}, " for name in STAGES if name in self.stages])
+        more = "".join([f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items()])
+        return Answer(
+            content,
+            f"content-type: {media_type}\r\ncontent-length: {len(content)}\r\n"
+            f"x-compute-type: {self.server.compute_type}\r\nx-compute-time: {milliseconds}\r\n"
+            f"x-compute-characters: {self.characters}\r\nx-compute-tokens: {self.tokens}\r\n"
+            f"x-total-time: {milliseconds}\r\nx-tokenization-time: {self._milliseconds('tokenize')}\r\n"
+            f"x-queue-time: {self._milliseconds('queue')}\r\nx-inference-time: {self._milliseconds('compute')}\r\n"
+            f"x-truncated-inputs: {self.num_truncated}\r\n"
+            f"server-timing: {timing}total;dur={total * 1e3:.3f}\r\n{more}",
+        )
 
-    def _milliseconds(self, stage: str) -> str:
-        return str(int(self.stages.get(stage, 0.0) * 1e3))
+    def _milliseconds(self, stage: str) -> int:
+        return int(self.stages.get(stage, 0.0) * 1e3)
 
 
 class Answer(Response):
-    """A 200 whose headers are ready: names in lower case, the length among them. Starlette's own looks for both."""
+    """A 200 whose headers are ready: lines with names in lower case, the length among them."""
 
-    def __init__(self, content: bytes, headers: Mapping[str, str]) -> None:
+    def __init__(self, content: bytes, lines: str) -> None:
         self.status_code, self.body, self.background = 200, content, None
-        self.raw_headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+        self.lines = lines.encode("latin-1")
+
+    @property
+    def raw_headers(self) -> list[tuple[bytes, bytes]]:  # type: ignore[override]
+        """The lines, as Starlette and ASGI's messages have them."""
+        pairs = [line.partition(b": ") for line in self.lines.split(b"\r\n")[:-1]]
+        return [(name, value) for name, _, value in pairs]
 
     def written(self, cycle: RequestResponseCycle, request_id: str) -> bool:
         """Send head and body in one piece, past ASGI's messages; False = not now, and nothing was sent."""
         if cycle.disconnected or cycle.flow.write_paused or not cycle.keep_alive:
             return False
-        parts = [b"HTTP/1.1 200 OK\r\n"]
-        for name, value in (*cycle.default_headers, *self.raw_headers):
-            parts += (name, b": ", value, b"\r\n")
-        cycle.transport.write(b"".join((*parts, b"x-request-id: ", request_id.encode(), b"\r\n\r\n", self.body)))
+        date = b"".join([b"%b: %b\r\n" % line for line in cycle.default_headers])
+        head = b"HTTP/1.1 200 OK\r\n%b%bx-request-id: %b\r\n\r\n" % (date, self.lines, request_id.encode())
+        cycle.transport.write(head + self.body)
         cycle.response_started = cycle.response_complete = True
         cycle.message_event.set()
         cycle.on_response()

@@ -6,11 +6,14 @@ import asyncio
 from typing import Any
 
 import orjson
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from fastbert.serve.gate import CYCLE, GONE, LATE, TASK
+from fastbert.serve.call import BODY
+from fastbert.serve.express import Heads, Known, Run
+from fastbert.serve.gate import CYCLE, GONE, LATE, TASK, Gate
 
 MAX_HEADER_BYTES = 64 * 1024
+_TICK_S = 1e-3  # of the event loop's timers
 
 
 class Connection(HttpToolsProtocol):
@@ -19,19 +22,25 @@ class Connection(HttpToolsProtocol):
     * closes when a request's headers are not complete in time, or longer than 64 KiB;
     * gives a request up when its body is not complete in time;
     * closes when the client reads nothing of an answer for too long;
-    * cancels the work of a client that left.
+    * cancels the work of a client that left;
+    * begins at once with a request whose head came before; see `fastbert.serve.express`.
     """
 
     def __init__(
-        self, *args: Any, header_timeout_s: float, body_timeout_s: float, write_timeout_s: float, **kwargs: Any
-    ) -> None:
+        self, *args: Any, heads: Heads, header_timeout_s: float, body_timeout_s: float, write_timeout_s: float,
+        **kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init__(*args, **kwargs)
+        self.heads = heads
+        self.gate = self.app if isinstance(self.app, Gate) and self.app.tracer is None else None
         self.header_timeout_s, self.body_timeout_s = header_timeout_s, body_timeout_s
         self.write_timeout_s = write_timeout_s
         self._reading: asyncio.TimerHandle | None = None
         self._writing: asyncio.TimerHandle | None = None
         self._header_bytes = 0
         self._in_body = False
+        self._fresh = True  # no byte of a next request was parsed
+        self._idle_since = 0.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """The client has connected: its first headers are awaited."""
@@ -43,9 +52,16 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Bytes came; while they are headers they are counted. A request that came whole starts no clock."""
+        plain = self.gate is not None and self._fresh and self._in_headers()
+        if plain and (found := self.heads.find(data)) is not None and not self.transport.is_closing():
+            self._begin(*found)
+            return
         if self._in_headers():
             self._header_bytes += len(data)
+        before = self.cycle
         super().data_received(data)
+        if plain and self._fresh and self.cycle is not before and self.gate is not None:
+            self.heads.learn(data, self.cycle, self.gate)
         if self._in_headers() and self._header_bytes > MAX_HEADER_BYTES:
             self._give_up(431, f"headers are longer than {MAX_HEADER_BYTES} bytes")
         elif self._reading is None and self._header_bytes:
@@ -53,8 +69,27 @@ class Connection(HttpToolsProtocol):
         elif self._reading is None and self._in_body:
             self._reading = self.loop.call_later(self.body_timeout_s, self._give_up_body)
 
+    def _begin(self, known: Known, body: bytes) -> None:
+        self._stop_reading()
+        self._header_bytes = 0
+        scope: dict[str, Any] = {
+            **known.scope, "client": self.client, "server": self.server, "scheme": self.scheme, BODY: body
+        }  # fmt: skip
+        self.cycle = RequestResponseCycle(
+            scope, self.transport, self.flow, self.logger, self.access_logger, self.access_log,  # type: ignore[arg-type]
+            self.server_state.default_headers, asyncio.Event(), False, True, self.on_response_complete,
+        )  # fmt: skip
+        self.cycle.more_body = False
+        scope[CYCLE], scope[TASK] = self.cycle, Run(self.cycle.run_asgi(self.app), self.tasks)
+        scope[TASK].step()
+
     def _in_headers(self) -> bool:
         return self.cycle is None or (self.cycle.response_complete and not self.pipeline)
+
+    def on_message_begin(self) -> None:
+        """The first byte of a request."""
+        self._fresh = False
+        super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         """The request begins."""
@@ -68,6 +103,7 @@ class Connection(HttpToolsProtocol):
         """The request is here."""
         self._stop_reading()
         self._in_body = False
+        self._fresh = True
         super().on_message_complete()
 
     def _stop_reading(self) -> None:
@@ -109,6 +145,7 @@ class Connection(HttpToolsProtocol):
         """The client left: what it waited for is not computed."""
         self._stop_reading()
         self._stop_writing()
+        super()._unset_keepalive_if_required()
         if self.cycle is not None and not self.cycle.response_complete:
             scope: dict[str, Any] = self.cycle.scope  # type: ignore[assignment]
             task = scope.get(TASK)
@@ -116,6 +153,34 @@ class Connection(HttpToolsProtocol):
                 scope[GONE] = True
                 task.cancel()
         super().connection_lost(exc)
+
+    def on_response_complete(self) -> None:
+        """The answer is out, and the next request is awaited: by one clock, which looks when the last answer was."""
+        self._idle_since = self.loop.time()
+        if self.pipeline:
+            super().on_response_complete()
+            return
+        self.server_state.total_requests += 1
+        self.flow.resume_reading()
+        if self.timeout_keep_alive_task is None and not self.transport.is_closing():
+            self._await_request(self.timeout_keep_alive)
+
+    def _await_request(self, seconds: float) -> None:
+        self.timeout_keep_alive_task = self.loop.call_later(seconds, self.timeout_keep_alive_handler)
+
+    def _unset_keepalive_if_required(self) -> None:
+        """uvicorn would set that clock anew for each request."""
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Close, if nothing came for so long."""
+        self.timeout_keep_alive_task = None
+        left_s = self._idle_since + self.timeout_keep_alive - self.loop.time()
+        if not (self._fresh and self._in_headers()):  # the next answer sets the clock again
+            return
+        if left_s > _TICK_S:
+            self._await_request(left_s)
+        else:
+            super().timeout_keep_alive_handler()
 
     def pause_writing(self) -> None:
         """The client does not read as fast as we write."""

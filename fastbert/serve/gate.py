@@ -22,7 +22,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from fastbert.serve.call import Answer, Call
 from fastbert.serve.errors import InternalError, NotReady, Overload, ServeError, SlowBody, render
 from fastbert.serve.records import log_request
-from fastbert.serve.series import STAGES
 from fastbert.serve.state import State
 
 if TYPE_CHECKING:
@@ -76,7 +75,9 @@ class Gate:
             await self.app(scope, receive, send)
             return
         call = Call(scope, receive, send, self.state)
-        scope[CALL], scope[TASK] = call, asyncio.current_task()
+        scope[CALL] = call
+        if TASK not in scope:
+            scope[TASK] = asyncio.current_task()
         status = _UNANSWERED
 
         async def send_marked(message: Message) -> None:
@@ -110,7 +111,7 @@ class Gate:
                 raise
         finally:
             self.state.inflight -= works
-            self._count(call, status)
+            self.state.series.ended(status, call.stages)
             if span is not None and self.tracer is not None:
                 self.tracer.end(span, call, status)
             log_request(call, status)
@@ -152,10 +153,3 @@ class Gate:
         self.state.series.request_failure.add(1, error.failure)
         answer = render(error, call.dialect)
         return Response(answer.body, answer.status, answer.headers)
-
-    def _count(self, call: Call, status: int) -> None:
-        series = self.state.series
-        series.responses.add(1, str(status))
-        for stage in STAGES:
-            if stage in call.stages:
-                series.stages.observe(call.stages[stage], stage)

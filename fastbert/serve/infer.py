@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -36,14 +35,16 @@ def counted(call: Call, batch: bool) -> None:
     call.server.series.request_count.add(1, _method(batch))
 
 
-@contextmanager
-def tokenizing() -> Iterator[None]:
+class tokenizing:
     """What is wrong with an input counts as `tokenization`, as in TEI, which finds it there."""
-    try:
-        yield
-    except ServeError as error:
-        error.failure = "tokenization"
-        raise
+
+    def __enter__(self) -> None:
+        """Nothing is wrong yet."""
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        """Mark the error."""
+        if isinstance(error, ServeError):
+            error.failure = "tokenization"
 
 
 def need(model: Model, kinds: Sequence[str], message: str) -> None:

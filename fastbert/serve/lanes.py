@@ -25,7 +25,7 @@ def _due(request: Request) -> float:
     return request.due
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Request:
     """Work on its way.
 
@@ -38,6 +38,7 @@ class Request:
         values: what came out, by sequence; `queue_s`, `compute_s` as in `Done`.
         unfinished: sequences that have no value yet.
         failed: it will have no result: the rest of it is not computed.
+        tokens: of all its sequences.
     """
 
     work: Work
@@ -51,17 +52,13 @@ class Request:
     queue_s: list[float] = field(init=False)
     compute_s: list[float] = field(init=False)
     unfinished: int = field(init=False)
+    tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
         n = len(self.work.ids)
         self.lengths = [len(ids) for ids in self.work.ids]
         self.values, self.queue_s, self.compute_s = [None] * n, [0.0] * n, [0.0] * n
-        self.unfinished = n
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of all its sequences."""
-        return sum(self.lengths)
+        self.unfinished, self.tokens = n, sum(self.lengths)
 
     @property
     def waits(self) -> bool:

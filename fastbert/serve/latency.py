@@ -8,6 +8,7 @@ import numpy as np
 PRIOR_S = (1e-3, 2e-4, 2e-8)
 _SCALE = np.array([1e-3, 1e-5, 1e-9])  # what a unit of each coefficient is, so that the equations are well scaled
 _PRIOR_WEIGHT = 1e-4  # of an observation: it decides only what the passes seen so far leave open
+_SETTLED, _SELDOM = 64, 4  # after so many observations equations are solved for each fourth only
 _SURPRISE = 4.0  # an observation counts as at most so many times its prediction: a hiccup is no new machine
 
 
@@ -73,7 +74,8 @@ class LatencyModel:
         self._squared_length = keep * self._squared_length + squares
         self._tokens = keep * self._tokens + tokens
         self.num_observed += 1
-        self.coefficients = self._solve()
+        if self.num_observed < _SETTLED or self.num_observed % _SELDOM == 0:
+            self.coefficients = self._solve()
 
     def _solve(self) -> tuple[float, float, float]:
         matrix = self._normal + _PRIOR_WEIGHT * self._prior[0]

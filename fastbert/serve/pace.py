@@ -47,6 +47,11 @@ class Pace:
         self._answered_at = self._back_at = now
         self._window_s = latency.coefficients[0]
 
+    @property
+    def expects_more(self) -> bool:
+        """Whether some of those who were just answered should come back yet."""
+        return self._share >= _FAITHFUL and self._back < self._answered
+
     def pause_s(self, lanes: Lanes, batch_tokens: int, latency: LatencyModel, now: float) -> float:
         """Seconds to wait for one more request; 0 = start now."""
         if self._last is None or not latency.is_fitted or lanes.tokens >= batch_tokens:

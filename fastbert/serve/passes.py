@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from time import monotonic
 from typing import Protocol
 
@@ -96,7 +97,7 @@ class Outcome:
 
 
 class Passes:
-    """Runs batches on a model; belongs to one thread at a time.
+    """Runs batches on a model; `run` belongs to one thread at a time.
 
     Attributes:
         latency: learns from passes, when it is told to.
@@ -109,10 +110,10 @@ class Passes:
         self.memory_tokens = float("inf")
         self._warm = False
 
-    def run(self, batch: Batch) -> Outcome:
-        """Compute a batch."""
+    def run(self, parts: Sequence[tuple[Request, int]]) -> Outcome:
+        """Compute sequences of requests, together."""
         outcome = Outcome()
-        self._run(batch.parts, outcome)
+        self._run(parts, outcome)
         return outcome
 
     def learn(self, reports: Sequence[BatchReport]) -> None:
@@ -182,7 +183,7 @@ class Passes:
             request.values[i], request.compute_s[i] = value, seconds
             request.queue_s[i] = start - request.arrived
             request.unfinished -= 1
-            if not np.isfinite(value).all():
+            if not is_finite(value):
                 bad.setdefault(request, []).append(i)
         for request in dict.fromkeys(request for request, _ in parts):
             if request in bad:
@@ -194,6 +195,12 @@ class Passes:
 def _fail(request: Request, error: WorkError, outcome: Outcome) -> None:
     request.failed = True
     outcome.settled.append((request, error))
+
+
+def is_finite(array: np.ndarray) -> bool:
+    """Whether no number of an array is NaN or infinite: then its scalar product with itself is neither, unless it
+    overflows, which vectors of an encoder never do."""
+    return isfinite(np.vdot(array, array)) or bool(np.isfinite(array).all())
 
 
 def is_out_of_memory(error: Exception) -> bool:

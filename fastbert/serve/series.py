@@ -6,8 +6,9 @@ import os
 import resource
 import sys
 import time
+from collections import Counter as CountOf
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,10 @@ from fastbert.serve.metrics import DURATION_BUCKETS, LATENCY_BUCKETS, Counter, G
 from fastbert.serve.passes import BatchReport
 
 STAGES = ("parse", "tokenize", "queue", "compute", "serialize")
+_PENDING = 256  # requests that are counted together
 _WINDOW = 4096  # requests that the rolling numbers of the status page look back on
 _PERCENTILES = ("p50", "p90", "p95", "p99")
+_Answered = tuple[str, str, float, tuple[float, ...], Sequence[int]]  # kind, method, when, times, lengths
 _TIMED = ("", "_tokenization", "_queue", "_inference")
 
 
@@ -69,6 +72,8 @@ class Series:
         self.tokens.add(0, "padded")
         self.more: list[Metric] = []
         self.began = time.monotonic()
+        self._answered: list[_Answered] = []
+        self._ended: list[tuple[int, Mapping[str, float]]] = []
         self.window: deque[tuple[float, float, int]] = deque(maxlen=_WINDOW)
 
     def all(self) -> list[Metric]:
@@ -89,6 +94,7 @@ class Series:
 
     def text(self) -> bytes:
         """What `/metrics` answers."""
+        self.settle()
         return render(self.all())
 
     def answered(
@@ -97,23 +103,46 @@ class Series:
     ) -> None:  # fmt: skip
         """Count a request whose inputs were all computed; the times of the inputs are averaged, as TEI does."""
         n = len(lengths)
-        mean = (total_s, tokenize_s, sum(queue_s) / n, sum(compute_s) / n)
-        slip = self.compat == "tei" and (kind, method) == ("predict", "single")
-        (self.request_count if slip else self.request_success).add(1, method)
-        for histogram, value in zip(self.request_durations, mean, strict=True):
-            histogram.observe(value)
+        times = (total_s, tokenize_s, sum(queue_s) / n, sum(compute_s) / n)
+        self._answered.append((kind, method, time.monotonic(), times, lengths))
+
+    def ended(self, status: int, stages: Mapping[str, float]) -> None:
+        """Count a request that was answered, or came to nothing."""
+        self._ended.append((status, stages))
+        if len(self._ended) >= _PENDING:
+            self.settle()
+
+    def settle(self) -> None:
+        """Count what has only been noted: many at once cost a fraction, and nobody waits for an answer meanwhile."""
+        answered, self._answered = self._answered, []
+        ended, self._ended = self._ended, []
+        for status, number in CountOf(status for status, _ in ended).items():
+            self.responses.add(number, str(status))
+        for stage in STAGES:
+            if seconds := [stages[stage] for _, stages in ended if stage in stages]:
+                self.stages.observe_all(seconds, stage)
+        for kind in self.inputs:
+            if rows := [row for row in answered if row[0] == kind]:
+                self._count(kind, rows)
+        self.window.extend((when, times[0], sum(lengths)) for _, _, when, times, lengths in answered)
+
+    def _count(self, kind: str, rows: Sequence[_Answered]) -> None:
+        for method, number in CountOf(method for _, method, *_ in rows).items():
+            slip = self.compat == "tei" and (kind, method) == ("predict", "single")
+            (self.request_count if slip else self.request_success).add(number, method)
+        sizes = [len(lengths) for *_, lengths in rows]
+        lengths = [length for *_, lengths in rows for length in lengths]
         _, success, durations = self.inputs[kind]
-        success.add(n)
-        for histogram, value in zip(durations, mean, strict=True):
-            histogram.observe(value, times=n)
-        for length in lengths:
-            self.input_length.observe(length)
-        tokens = sum(lengths)
-        self.tokens.add(tokens, "real")
-        self.window.append((time.monotonic(), total_s, tokens))
+        success.add(len(lengths))
+        for place, seconds in enumerate(zip(*(times for *_, times, _ in rows), strict=True)):
+            self.request_durations[place].observe_all(seconds)
+            durations[place].observe_all(seconds, times=sizes)
+        self.input_length.observe_all(lengths)
+        self.tokens.add(sum(lengths), "real")
 
     def rolling(self, seconds: float = 60.0) -> dict[str, Any]:
         """Latency percentiles, requests and tokens per second of the last `seconds`, at most 4096 requests."""
+        self.settle()
         now = time.monotonic()
         recent = [row for row in self.window if now - row[0] <= seconds]
         if not recent:

@@ -170,7 +170,7 @@ class Served:
         release_weights(self._model)
         return self
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
         """Where it computes."""
         return self.base.device

@@ -24,6 +24,7 @@ import uvicorn
 
 from fastbert.serve.app import build_app
 from fastbert.serve.connection import Connection
+from fastbert.serve.express import Heads
 from fastbert.serve.state import State
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Server(uvicorn.Server):
                 host=settings.host,
                 port=settings.port,
                 uds=None if settings.unix_socket is None else str(settings.unix_socket),
-                http=partial(Connection, **limits),  # type: ignore[arg-type]
+                http=partial(Connection, heads=Heads(), **limits),  # type: ignore[arg-type]
                 ws="none",
                 lifespan="on",
                 log_config=None,

@@ -41,7 +41,7 @@ class Tokenized(Protocol):
         """Whether vectors leave out the tokens of a prompt."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Tokens:
     """Token ids of N inputs.
 

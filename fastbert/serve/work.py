@@ -11,7 +11,7 @@ OUTPUTS = ("vectors", "unit", "logits", "sparse", "mask", "tokens")
 LANES = ("interactive", "bulk")
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Work:
     """Token ids to compute.
 
@@ -50,7 +50,7 @@ class Work:
             raise ValueError("type_ids must have the same lengths as ids, one for each token")
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Done:
     """Computed work.
 
