@@ -12,6 +12,7 @@ import sys
 import time
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -168,6 +169,35 @@ def test_a_peer_computes_what_we_compute(minilm, name, tmp_path):
     encode = peers.make(name, minilm, tmp_path)
     assert encoder.worst_cosine(encode(texts), exact) >= encoder.GATE
     assert encoder.worst_cosine(encode([f"not {text}" for text in texts]), exact) < encoder.GATE, "the gate must fail"
+
+
+def sleeps_of(name, folder, scratch):
+    """A provider for tests: how often a peer's threads go to sleep in a call, the mean of some."""
+    torch.set_num_threads(2)
+    peer = peers.PEERS[name].kind(folder, peers.PEERS[name].dtype, scratch)
+
+    def slept():
+        lines = [line for path in Path("/proc/self/task").glob("*/status") for line in path.read_text().splitlines()]
+        return sum(int(line.split()[1]) for line in lines if line.startswith("voluntary_ctxt_switches"))
+
+    def count(calls):
+        before = slept()
+        for _ in range(calls):
+            peer.hidden(np.full((1, 40), 7), np.ones((1, 40), np.int64))
+        return (slept() - before) / calls
+
+    return count
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="who sleeps is read in /proc")
+@pytest.mark.parametrize("name", ["ctranslate2", "ctranslate2-int8"])
+def test_threads_that_loading_left_do_not_send_a_peer_to_sleep(minilm, name, tmp_path):
+    reason = peers.reason_against(peers.PEERS[name])
+    if reason:
+        pytest.skip(f"{name}: {reason}")
+    with turns.Provider(name, sleeps_of, name, minilm, tmp_path) as provider:
+        provider.call(5)
+        assert provider.call(40) < 40, "each of two threads at each of fifty barriers, where they sleep"
 
 
 def test_what_is_missing_is_named_with_the_line_that_installs_it(monkeypatch, capsys, tmp_path):
