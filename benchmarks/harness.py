@@ -50,11 +50,11 @@ class Row(Machine):
 
     `peak_tflop_s` is the roof of arithmetic, `gemm_tflop_s` what torch's largest GEMM reached; rows that were measured
     before there was a peak have none, and their percent is of the GEMM.
-    `times_base` is how many times as fast as the row's base (the reference of an op, sentence-transformers in fp32) it
-    was, by `ms_p10` of both: what else a machine does only ever adds time, to some more than to others, so the fast
-    tenth is what two runs agree on. `times_low` and `times_high` are the least and the largest such ratio of the run's
-    parts. `samples` are the ms of the rounds, for `--compare`. `padding_percent` is the share of computed tokens that
-    were padding.
+    `times_base` is how many times as fast as the row's base (the reference of an op, the float layer of int8_linear,
+    sentence-transformers in fp32) it was, by `ms_p10` of both: what else a machine does only ever adds time, to some
+    more than to others, so the fast tenth is what two runs agree on. `times_low` and `times_high` are the least and the
+    largest such ratio of the run's parts. `samples` are the ms of the rounds, for `--compare`. `padding_percent` is the
+    share of computed tokens that were padding.
     """
 
     op: str

@@ -166,7 +166,8 @@ def render(rows: Sequence[Row], notes: Sequence[str] = ()) -> str:
         if wins
         else "<p>Nowhere in these rows, within a number format; of ops the peer is the reference.</p>",
         "<h2>Not measured</h2>" + _bullets(notes) if notes else "",
-        "<h2>All numbers</h2><p>Base: an op's reference in plain PyTorch; sentence-transformers in fp32. A click on a "
+        "<h2>All numbers</h2><p>Base: an op's reference in plain PyTorch, of int8_linear the float layer; "
+        "sentence-transformers in fp32. A click on a "
         'head sorts.</p><input id="filter" placeholder="filter: e.g. encode int8 length" aria-label="filter rows">',
         f'<div class="scroll"><table id="rows"><thead><tr>{heads}</tr></thead>',
         f"<tbody>{''.join(lines)}</tbody></table></div>",

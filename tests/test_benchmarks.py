@@ -31,10 +31,16 @@ CASE = next(c for c in testing.CASES if str(c) == "gelu-ragged")
 ROOFS = harness.Roofs(bytes_s=1e10, flop_s=1e11)
 
 
-def test_rows_of_a_right_op(tmp_path, monkeypatch):
+@pytest.fixture
+def roofs(monkeypatch):
+    """Of every dtype, without measuring."""
+    monkeypatch.setattr(harness, "measure_roofs", lambda dtype, device: ROOFS)
+
+
+def test_rows_of_a_right_op(tmp_path, monkeypatch, roofs):
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
     with ExitStack() as stack:
-        bench = ops.Bench.of([CASE], {torch.float32: ROOFS}, "cpu")
+        bench = ops.Bench.of([CASE], [torch.float32], "cpu")
         rows = bench.rows(turns.take_turns(bench.cells(stack), seconds=0.0, parts=harness.PARTS))
     assert {row.mode for row in rows} == {"forward", "training"}
     assert "reference" in {row.backend for row in rows}
@@ -58,7 +64,40 @@ def test_rows_of_a_right_op(tmp_path, monkeypatch):
 def test_a_wrong_op_prints_no_number(monkeypatch):
     monkeypatch.setitem(testing.PUBLIC, "gelu", lambda x, bias, approximate: x + bias)
     with pytest.raises(AssertionError, match="budget"):
-        ops.Bench.of([CASE], {torch.float32: ROOFS}, "cpu")
+        ops.Bench.of([CASE], [torch.float32], "cpu")
+
+
+def test_int8_linear_is_held_against_the_float_layer(monkeypatch, roofs):
+    case = next(c for c in testing.BENCHMARK_CASES if str(c) == "int8_linear-minilm_up")
+    with ExitStack() as stack:
+        bench = ops.Bench.of([case], [torch.bfloat16], "cpu")
+        rows = bench.rows(turns.take_turns(bench.cells(stack), seconds=0.0))
+    assert {row.mode for row in rows} == {"forward"}
+    float_row = next(row for row in rows if row.backend == ops.FLOAT)
+    assert "reference" in {row.backend for row in rows}
+    assert float_row.times_base == 1.0
+    works = bench.known[case, torch.bfloat16]
+    T, K, N = 744, 384, 1536
+    assert {work.flop for work in works.values()} == {2 * T * K * N}
+    assert works["reference"] == ops.Work(2 * T * K + N * K + 4 * N + 2 * N + 2 * T * N, 2 * T * K * N, torch.int8)
+    assert works[ops.FLOAT] == ops.Work(2 * (T * K + N * K + N + T * N), 2 * T * K * N, torch.bfloat16)
+    inputs = case.inputs(torch.float32)
+    given = ops.float_linear(inputs)
+    close = torch.nn.functional.linear(**given) - testing.PUBLIC["int8_linear"](**inputs)
+    assert close.abs().max() < 0.02 * given["input"].abs().max(), "another layer than the one that it replaces"
+    off = {**inputs, "weight_scale": inputs["weight_scale"].roll(1)}
+    apart = torch.nn.functional.linear(**ops.float_linear(off)) - testing.PUBLIC["int8_linear"](**inputs)
+    assert apart.abs().max() > 0.05 * given["input"].abs().max()
+
+
+@pytest.mark.parametrize("lost", ["bias", "weight_scale", "weight"])
+def test_a_wrong_int8_linear_prints_no_number(monkeypatch, roofs, lost):
+    case = next(c for c in testing.BENCHMARK_CASES if str(c) == "int8_linear-minilm_up")
+    right = testing.PUBLIC["int8_linear"]
+    spoil = {"bias": lambda b: b * 1.01, "weight_scale": lambda s: s * 1.001, "weight": lambda w: w // 2 * 2}[lost]
+    monkeypatch.setitem(testing.PUBLIC, "int8_linear", lambda **inputs: right(**{**inputs, lost: spoil(inputs[lost])}))
+    with pytest.raises(AssertionError, match="budget"):
+        ops.Bench.of([case], [torch.float32], "cpu")
 
 
 def test_traffic_is_counted():
