@@ -30,7 +30,7 @@ test-sanitized: .venv/.test .venv/.weights  ## the C++ extension under the addre
 	@cd build/sanitized && FASTBERT_SANITIZE=1 $(CURDIR)/$(BIN)/python setup.py -q build_ext --inplace
 	@cd build/sanitized && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
 	  LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
-	  $(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider -n auto -q tests/test_native.py tests/test_high.py tests/test_engine.py
+	  $(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider -n auto -q tests/test_native.py tests/test_high.py tests/test_engine*.py
 
 test-gpu:  ## kernels, engine and CUDA part, compiled, in fp32, fp16 and bf16: needs torch, triton, numpy and pytest
 	@$(PYTHON) setup.py -q build_ext --inplace || echo "no native extension: its tests are skipped"

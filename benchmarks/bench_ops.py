@@ -17,16 +17,16 @@ from fastbert.ops import dispatch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GRID = [
-    pytest.param(case, backend, dtype, id=f"{case}-{backend}-{str(dtype)[6:]}")
+    pytest.param(case, backend, dtype, mode, id=f"{case}-{backend}-{str(dtype)[6:]}-{mode}")
     for case in testing.BENCHMARK_CASES
+    for mode in suite.modes_of(case)
     for dtype in (torch.float32, torch.bfloat16)
     for backend in (*dispatch.BACKENDS, dispatch.REFERENCE)
     if dispatch.has(backend, case.op, DEVICE, dtype)
 ]
 
 
-@pytest.mark.parametrize("mode", ["forward", "training"])
-@pytest.mark.parametrize(("case", "backend", "dtype"), GRID)
+@pytest.mark.parametrize(("case", "backend", "dtype", "mode"), GRID)
 def test_op(benchmark: Any, case: testing.Case, backend: str, dtype: torch.dtype, mode: str) -> None:
     """A red check times nothing."""
     with ops.use_backend(backend):

@@ -14,7 +14,7 @@ from rich.table import Table
 from benchmarks import harness
 
 KEY = ("op", "case", "backend", "mode", "dtype")
-BASES = ("reference", "sentence-transformers")
+BASES = ("torch-linear", "reference", "sentence-transformers")  # of int8_linear, of other ops, of encoders
 ALPHA = 0.01  # of finding any regression where there is none, over all rows together
 LEAST = harness.AGREE  # less is not called a regression
 
@@ -91,11 +91,10 @@ def read(path: Path) -> dict[Key, list[float]]:
 def _base(key: Key, table: dict[Key, list[float]]) -> list[float] | None:
     """Samples of the row's base in the same rounds."""
     op, case, backend, mode, dtype = key
-    for other, samples in table.items():
-        same = (other[0], other[1], other[3]) == (op, case, mode)
-        of_op = other[2] == "reference" and other[4] == dtype
-        if same and backend != other[2] and (of_op or other[2] == BASES[1]) and len(samples) == len(table[key]):
-            return samples
+    for base in BASES:
+        samples = table.get((op, case, base, mode, "float32" if base == "sentence-transformers" else dtype))
+        if samples is not None:
+            return samples if base != backend and len(samples) == len(table[key]) else None
     return None
 
 

@@ -178,9 +178,9 @@ def tables(rows: list[harness.Row]) -> Group:
             )  # fmt: skip
         shown += [part, ""]
     legend = (
-        "* the fastest of its number format on these texts; x ST: times sentence-transformers in fp32, by the fast "
-        "tenth of the rounds, ~ where the parts of this run differ by more than 10 %; roof: share of the measured one; "
-        "pad: share of computed tokens that is padding; cosine: the worst against fp64"
+        "* the fastest of its number format on these texts; x ST: times sentence-transformers in fp32, by the "
+        "faster half of the rounds, ~ where the parts of this run differ by more than 10 %; roof: share of the "
+        "measured one; pad: share of computed tokens that is padding; cosine: the worst against fp64"
     )
     return Group(*shown, legend)
 

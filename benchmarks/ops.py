@@ -8,10 +8,11 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import chain, product
+from itertools import chain
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from benchmarks import harness
 from benchmarks.turns import Cell, Provider, Suite, Times, measure
@@ -19,6 +20,31 @@ from fastbert import ops, testing
 from fastbert.ops import dispatch
 
 WARM_MS, LEAST_MS = 4.0, 8.0  # of calls before the clock and of a sample: more rounds do more than longer samples
+
+
+# What int8_linear takes the place of, and is held against: the float layer, on weights of the same values.
+FLOAT = "torch-linear"
+
+
+def float_linear(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `F.linear` for those of `int8_linear`, in the dtype of `x`."""
+    weight = (inputs["weight"] * inputs["weight_scale"][:, None]).to(inputs["x"].dtype)
+    return {"input": inputs["x"], "weight": weight.contiguous(), "bias": inputs["bias"]}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a forward pass must move and do.
+
+    Attributes:
+        nbytes: inputs read once, the output written once.
+        flop: of products.
+        dtype: in which they are.
+    """
+
+    nbytes: int
+    flop: int
+    dtype: torch.dtype
 
 
 def traffic(case: testing.Case, inputs: dict[str, Any], output: torch.Tensor) -> tuple[int, int]:
@@ -34,6 +60,8 @@ def traffic(case: testing.Case, inputs: dict[str, Any], output: torch.Tensor) ->
         lengths = inputs["cu_seqlens"].diff().tolist()
         pairs = sum(min(n, i + reach + 1) - max(0, i - reach) for n in lengths for i in range(n))
         flop = 4 * pairs * inputs["qkv"].shape[2] * inputs["qkv"].shape[3]
+    if case.op == "int8_linear":
+        flop = 2 * output.numel() * inputs["x"].shape[1]
     return nbytes, flop
 
 
@@ -69,24 +97,36 @@ def caller(backend: str, device: str, whats: Sequence[What]) -> Callable[[What],
     keep_memory()
     cases = {str(case): case for case in (*testing.CASES, *testing.BENCHMARK_CASES)}
     inputs = {(n, d): cases[n].inputs(getattr(torch, d), device) for n, d in dict.fromkeys(w[:2] for w in whats)}
+    if backend == FLOAT:
+        inputs = {key: float_linear(given) for key, given in inputs.items()}
 
     def call(what: What) -> None:
         name, dtype, mode = what
-        MODES[mode][0](testing.PUBLIC[cases[name].op], backend, inputs[name, dtype])
+        function = F.linear if backend == FLOAT else testing.PUBLIC[cases[name].op]
+        MODES[mode][0](function, dispatch.REFERENCE if backend == FLOAT else backend, inputs[name, dtype])
         if device != "cpu":
             torch.cuda.synchronize()
 
     return call
 
 
-def checked(case: testing.Case, dtype: torch.dtype, device: str) -> tuple[list[str], int, int]:
-    """Backends that have a case, its reference last, all of them right; bytes and FLOP of a forward pass."""
+def checked(case: testing.Case, dtype: torch.dtype, device: str) -> dict[str, Work]:
+    """Backends that have a case, all of them right, what they are held against last; and the work of each."""
     backends = [b for b in (*dispatch.BACKENDS, dispatch.REFERENCE) if dispatch.has(b, case.op, device, dtype)]
     for backend in backends:
         with ops.use_backend(backend):
             testing.check_case(case, dtype, device)  # a red check prints no number
     inputs = case.inputs(dtype, device)
-    return backends, *traffic(case, inputs, forward(testing.PUBLIC[case.op], backends[-1], inputs))
+    nbytes, flop = traffic(case, inputs, forward(testing.PUBLIC[case.op], backends[-1], inputs))
+    if case.op != "int8_linear":
+        return dict.fromkeys(backends, Work(nbytes, flop, dtype))
+    wider = (dtype.itemsize - 1) * inputs["weight"].numel() - inputs["weight_scale"].nbytes
+    return {**dict.fromkeys(backends, Work(nbytes, flop, torch.int8)), FLOAT: Work(nbytes + wider, flop, dtype)}
+
+
+def modes_of(case: testing.Case) -> list[str]:
+    """Modes of `MODES` that a case has."""
+    return [mode for mode in MODES if mode == "forward" or case.trains]
 
 
 @dataclass(frozen=True)
@@ -95,26 +135,27 @@ class Bench:
 
     Attributes:
         known: what `checked` found, by case and dtype.
-        roofs: by dtype.
+        roofs: by dtype of products.
         device: of all tensors.
     """
 
-    known: dict[tuple[testing.Case, torch.dtype], tuple[list[str], int, int]]
+    known: dict[tuple[testing.Case, torch.dtype], dict[str, Work]]
     roofs: dict[torch.dtype, harness.Roofs]
     device: str
 
     @classmethod
-    def of(cls, cases: Sequence[testing.Case], roofs: dict[torch.dtype, harness.Roofs], device: str) -> Bench:
-        """Of cases that are right in the dtypes whose roofs are given."""
-        known = {(case, dtype): checked(case, dtype, device) for dtype in roofs for case in cases}
-        return cls(known, roofs, device)
+    def of(cls, cases: Sequence[testing.Case], dtypes: Sequence[torch.dtype], device: str) -> Bench:
+        """Of cases that are right in the dtypes."""
+        known = {(case, dtype): checked(case, dtype, device) for dtype in dtypes for case in cases}
+        of_products = dict.fromkeys(work.dtype for works in known.values() for work in works.values())
+        return cls(known, {dtype: harness.measure_roofs(dtype, device) for dtype in of_products}, device)
 
     def cells(self, stack: ExitStack) -> list[Cell]:
         """What takes turns. Each backend has a process of its own, as encoders do."""
         able: dict[What, list[str]] = {
-            (str(case), str(dtype)[6:], mode): backends
-            for (case, dtype), (backends, _, _) in self.known.items()
-            for mode in MODES
+            (str(case), str(dtype)[6:], mode): list(works)
+            for (case, dtype), works in self.known.items()
+            for mode in modes_of(case)
         }
         providers = {}
         for b in dict.fromkeys(chain.from_iterable(able.values())):
@@ -128,17 +169,19 @@ class Bench:
     def rows(self, found: Iterable[Times]) -> list[harness.Row]:
         """Rows of the samples of all cells."""
         rows = []
-        whats = product(self.known.items(), MODES.items())
-        for (((case, dtype), (_, nbytes, flop)), (mode, (_, factor))), times in zip(whats, found, strict=True):
-            at = self.roofs[dtype].beside_cache(nbytes, self.device)
+        whats = ((*key, works, mode) for key, works in self.known.items() for mode in modes_of(key[0]))
+        for (case, dtype, works, mode), times in zip(whats, found, strict=True):
+            base = times[list(works)[-1]]
             for backend, ms in times.items():
+                nbytes, flop = (MODES[mode][1] * n for n in (works[backend].nbytes, works[backend].flop))
+                at = self.roofs[works[backend].dtype].beside_cache(works[backend].nbytes, self.device)
                 p50, p20, p80 = harness.percentiles(ms)
                 rows.append(
                     harness.Row(
                         case.op, case.name, backend, mode, str(dtype)[6:], *(round(v, 5) for v in (p50, p20, p80)),
-                        round(factor * nbytes / p50 / 1e6, 2), round(factor * flop / p50 / 1e9, 4),
-                        round(100 * at.bound_ms(factor * nbytes, factor * flop) / p50, 1),
-                        round(harness.fast_tenth(ms), 5), *harness.times_base(times[dispatch.REFERENCE], ms),
+                        round(nbytes / p50 / 1e6, 2), round(flop / p50 / 1e9, 4),
+                        round(100 * at.bound_ms(nbytes, flop) / p50, 1),
+                        round(harness.fast_tenth(ms), 5), *harness.times_base(base, ms),
                         **at.columns(), version=f"torch {torch.__version__}", samples=harness.joined(ms),
                         device=harness.device_name(self.device),
                     )
@@ -157,7 +200,8 @@ def show(rows: Sequence[harness.Row], device: str) -> None:
             f"{harness.mark(r.times_low, r.times_high)}{r.times_base:.2f}",
         )  # fmt: skip
     harness.console().print(table)
-    peaks = ", ".join(f"{t:.2f} TFLOP/s in {d}" for d, t in {r.dtype: r.peak_tflop_s for r in rows}.items())
+    kinds = {"int8" if r.op == "int8_linear" and r.backend != FLOAT else r.dtype: r.peak_tflop_s for r in rows}
+    peaks = ", ".join(f"{peak:.2f} TFLOP/s in {kind}" for kind, peak in kinds.items())
     print(f"roofs: copy {rows[0].copy_gb_s:.0f} GB/s, arithmetic {peaks}")
 
 
@@ -174,7 +218,7 @@ def prepare(options: Sequence[str], stack: ExitStack) -> Suite:
     only = args.only.split(",") if args.only else None
     cases = [case for case in testing.BENCHMARK_CASES if only is None or case.op in only]
     dtypes = [getattr(torch, name) for name in args.dtype.split(",")]
-    bench = Bench.of(cases, {dtype: harness.measure_roofs(dtype, device) for dtype in dtypes}, device)
+    bench = Bench.of(cases, dtypes, device)
 
     def finish(found: list[Times]) -> None:
         rows = bench.rows(found)

@@ -16,7 +16,7 @@ Row = dict[str, str]
 
 CAPTIONS = {
     "peers": "Texts to vectors, tokenisation included, many texts a call; bars are medians, lines the middle 60 % of "
-    "rounds, in brackets times sentence-transformers in fp32, by the fast tenth of the rounds (~: unsteady).",
+    "rounds, in brackets times sentence-transformers in fp32, by the faster half of the rounds (~: unsteady).",
     "throughput": "The same by length of the texts, each number format by itself. Padding is never counted as tokens.",
     "latency": "One text a call, by its length.",
     "roofline": "Encoders: arithmetic a byte of weights read, below a copy of the weights' size and the arithmetic "
@@ -28,7 +28,7 @@ METHOD = (
     "all texts, so that a slow moment of the machine hits all alike. Each lives in a process of its own, stopped while "
     "others have their turn: no library's waiting threads take another's cores. Twice in a run all processes start "
     "anew, since where memory lies is drawn once a process.",
-    "Times are medians. Ratios are of the fast tenth of the rounds of both: what else the machine does only ever adds "
+    "Times are medians. Ratios are of the faster half of the rounds of both: what else the machine does only ever adds "
     "time, to some more than to others. A ratio that differs by more than 10 % between the parts of the run is "
     "marked ~.",
     "Correctness comes first: vectors are held against the model in fp64, and below a cosine of 0.9995 there is no "
@@ -166,7 +166,8 @@ def render(rows: Sequence[Row], notes: Sequence[str] = ()) -> str:
         if wins
         else "<p>Nowhere in these rows, within a number format; of ops the peer is the reference.</p>",
         "<h2>Not measured</h2>" + _bullets(notes) if notes else "",
-        "<h2>All numbers</h2><p>Base: an op's reference in plain PyTorch; sentence-transformers in fp32. A click on a "
+        "<h2>All numbers</h2><p>Base: an op's reference in plain PyTorch, of int8_linear the float layer; "
+        "sentence-transformers in fp32. A click on a "
         'head sorts.</p><input id="filter" placeholder="filter: e.g. encode int8 length" aria-label="filter rows">',
         f'<div class="scroll"><table id="rows"><thead><tr>{heads}</tr></thead>',
         f"<tbody>{''.join(lines)}</tbody></table></div>",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -215,9 +216,19 @@ def _calibrated(folder: Path, scratch: Path) -> Path:
 
 
 class CTranslate2(Padded):
-    """CTranslate2, which drops padding too; fp32, or int8 weights and activations."""
+    """CTranslate2, which drops padding too; fp32, or int8 weights and activations.
+
+    It computes in a thread of its own. What converts or loads a model in parallel leaves a team of OpenMP's behind in
+    the thread that did: that team and the computing one are more threads than cores, so libgomp has all of them sleep
+    at barriers, a hundred times a text. (A short text took 3.4 to 5.5 ms instead of 0.6 in int8, 8 instead of 2 in fp32
+    where the process had converted the model; two cores, 2026-11-27.) A thread that ends takes its team with it.
+    """
 
     def __init__(self, folder: Path, dtype: str, scratch: Path) -> None:
+        with ThreadPoolExecutor(1) as aside:
+            aside.submit(self._load, folder, dtype, scratch).result()
+
+    def _load(self, folder: Path, dtype: str, scratch: Path) -> None:
         import ctranslate2
 
         place = scratch / "ctranslate2"

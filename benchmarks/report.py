@@ -46,7 +46,7 @@ def table(path: Path) -> str:
         [
             f"all-MiniLM-L6-v2, texts to vectors with tokenisation, {first['device']}, {first['threads']} threads, "
             f"torch {first['torch'].split('+')[0]}, {first['date']}: texts/s, the median, and times {PEER} in fp32 "
-            "in that run, by the fast tenth of the rounds (~: the parts of the run differ by more than 10 %). "
+            "in that run, by the faster half of the rounds (~: the parts of the run differ by more than 10 %). "
             "Columns are texts a call x tokens each; bold is the fastest of its number format.",
             "",
             f"| | {' | '.join(heads)} |",

@@ -14,6 +14,7 @@ from fastbert.ops.attention import attention_ref
 from fastbert.ops.cross_entropy import cross_entropy_ref
 from fastbert.ops.embed import embed_ref
 from fastbert.ops.gelu import gelu_ref
+from fastbert.ops.int8_linear import int8_linear_ref, quantize_rows
 from fastbert.ops.pool import MODES, pool_ref
 
 Inputs = dict[str, Any]
@@ -51,24 +52,25 @@ def assert_within_budget(
 @dataclass(frozen=True)
 class Case:
     """One op on one set of inputs. `make(generator)` gives its keyword arguments, floating tensors in fp64; those named
-    in `wide` are fp32 whatever dtype is tested, as parameters are under autocast."""
+    in `wide` are fp32 whatever dtype is tested, as parameters are under autocast. An op that does not train has no
+    backward, and no input requires a gradient."""
 
     op: str
     name: str
     make: Callable[[torch.Generator], Inputs]
     wide: tuple[str, ...] = ()
+    trains: bool = True
 
     def inputs(self, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Inputs:
-        """Fresh inputs, rounded to `dtype`, that require gradients."""
+        """Fresh inputs, rounded to `dtype`, that require gradients where the op has them."""
         made = self.make(torch.Generator().manual_seed(seed))
         return {k: self._place(v, torch.float32 if k in self.wide else dtype, device) for k, v in made.items()}
 
-    @staticmethod
-    def _place(value: Any, dtype: torch.dtype, device: str) -> Any:
+    def _place(self, value: Any, dtype: torch.dtype, device: str) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
         if value.is_floating_point():
-            return value.to(dtype).to(device).requires_grad_()
+            return value.to(dtype).to(device).requires_grad_(self.trains)
         return value.to(device)
 
     def __str__(self) -> str:
@@ -83,6 +85,7 @@ REFERENCES: dict[str, Callable[..., torch.Tensor]] = {
     "cross_entropy": cross_entropy_ref,
     "embed": embed_ref,
     "gelu": gelu_ref,
+    "int8_linear": int8_linear_ref,
     "pool": pool_ref,
 }
 
@@ -93,16 +96,16 @@ PUBLIC: dict[str, Callable[..., torch.Tensor]] = {
 
 def widen(inputs: Mapping[str, Any]) -> Inputs:
     """The same (rounded) inputs in fp64."""
-    return {
-        k: v.detach().double().requires_grad_() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
-        for k, v in inputs.items()
-    }
+    wide = {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+    return {**inputs, **{k: v.detach().double().requires_grad_(v.requires_grad) for k, v in wide.items()}}
 
 
 def forward_backward(function: Callable[..., torch.Tensor], inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Output and the gradient of each floating input, keyed `output`, `d<name>`; the upstream gradient is fixed."""
     leaves = {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor) and v.requires_grad}
     output = function(**inputs)
+    if not leaves:
+        return {"output": output}
     upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     grads = torch.autograd.grad(output, list(leaves.values()), upstream.to(output.device, output.dtype))
     return {"output": output.detach(), **{f"d{k}": g for k, g in zip(leaves, grads, strict=True)}}
@@ -140,15 +143,9 @@ def _gelu(T: int, F: int, *, bias: bool = True, approximate: str = "none", scale
 
 
 def _add_layer_norm(
-    T: int,
-    D: int,
-    *,
-    residual: bool = True,
-    p: float = 0.0,
-    eps: float = 1e-12,
-    offset: float = 0.0,
+    T: int, D: int, *, residual: bool = True, p: float = 0.0, eps: float = 1e-12, offset: float = 0.0,
     linear: bool = False,
-) -> Callable[..., Inputs]:
+) -> Callable[..., Inputs]:  # fmt: skip
     return lambda g: {
         "x": _normal(g, T, D) + offset,
         **({"x_bias": _normal(g, D)} if linear else {}),
@@ -214,6 +211,15 @@ def _cross_entropy(
         labels = torch.randint(0, V, (M,), generator=g)
         labels[torch.randperm(M, generator=g)[:ignored]] = -100
         return {"logits": _normal(g, M, V, scale=scale), "labels": labels, "reduction": reduction}
+
+    return make
+
+
+def _int8_linear(T: int, K: int, N: int) -> Callable[..., Inputs]:
+    def make(g: torch.Generator) -> Inputs:
+        weight, weight_scale = quantize_rows(_normal(g, N, K, scale=K**-0.5))
+        x, bias = _normal(g, T, K), _normal(g, N)
+        return {"x": x, "weight": weight.mT.contiguous().mT, "weight_scale": weight_scale, "bias": bias}
 
     return make
 
@@ -293,4 +299,6 @@ BENCHMARK_CASES: list[Case] = [
     Case("gelu", "bert_base_tanh", _gelu(sum(_MIX), 3072, approximate="tanh")),
     *(Case("pool", f"minilm_{mode}", _pool(_MIX, 384, mode)) for mode in ("mean", "cls", "max")),
     Case("cross_entropy", "bert_base", _cross_entropy(110, 30522)),
+    Case("int8_linear", "minilm_up", _int8_linear(sum(_MIX), 384, 1536), ("weight_scale",), trains=False),
+    Case("int8_linear", "bert_base_out", _int8_linear(sum(_MIX), 768, 768), ("weight_scale",), trains=False),
 ]

@@ -151,6 +151,8 @@ def _load_sharded(index: Path) -> dict[str, torch.Tensor]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ValueError(f"{index} has no weight_map: it is not the index of a sharded checkpoint")
+    if strange := [name for name in weight_map.values() if not isinstance(name, str)]:
+        raise ValueError(f"{index} says that a shard is named {strange[0]!r:.80}: it must be the name of a file")
     state: dict[str, torch.Tensor] = {}
     for name in sorted(set(weight_map.values())):
         if Path(name).name != name:

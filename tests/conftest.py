@@ -11,11 +11,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
         "OMP_NUM_THREADS", "1"
     )  # one worker a core: threads of several workers only wait for each other
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from fastbert import machine
 from fastbert.hub import DEFAULT_MODEL, resolve
 
 
@@ -23,6 +25,15 @@ from fastbert.hub import DEFAULT_MODEL, resolve
 def minilm() -> Path:
     """Folder of all-MiniLM-L6-v2, as a package ships it."""
     return resolve(DEFAULT_MODEL)
+
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
+    """Sets the number of threads, however many cores there are, and puts it back."""
+    monkeypatch.setattr(machine, "cpu", lambda: machine.Cpu("many cores", "", (), 64, 64, None))
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

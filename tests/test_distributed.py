@@ -263,6 +263,9 @@ def test_a_job_of_one(monkeypatch):
     assert (world.rank, world.size, world.is_first) == (0, 1, True)
     assert world.gather([1, 2.5]) == [[1, 2.5]]
     assert world.broadcast("a") == "a"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="torch finds no GPU"):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="'cuda:2' is wanted, but torch sees 2 GPUs: use cuda:0 or cuda:1"):
         World.connect("cuda")

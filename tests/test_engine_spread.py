@@ -7,7 +7,8 @@ import copy
 
 import pytest
 import torch
-from test_engine import SENTENCES, _specified, assert_int8_within_budget, batch_of, bits, build, engine_run, threads  # noqa: F401
+from engine_models import SENTENCES, batch_of, build, engine_run
+from test_engine_int8 import _specified, assert_int8_within_budget, bits  # noqa: F401
 
 import fastbert
 from fastbert import use_backend

@@ -1,22 +1,30 @@
 """Foreign bytes: mutated files of models and inputs of the packers. Only clear errors come out; nothing crashes.
 
-The suite tries a few hundred of each; `FASTBERT_FUZZ_EXAMPLES=20000 pytest tests/test_fuzz.py` goes on for longer.
+The suite tries some hundred of each, the same ones each time. `FASTBERT_FUZZ_EXAMPLES=20000 pytest -n 0
+tests/test_fuzz.py` draws new ones: a file that shows a fault is kept, as small as it can be made, in `tests/foreign/`
+(its README says how), for every later run of the suite; hypothesis's own examples in `.hypothesis/`, for the next long
+run. Inputs of the packers that were faults are `@example`s.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
+import re
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from hypothesis.database import DirectoryBasedExampleDatabase
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 import fastbert
@@ -24,10 +32,13 @@ from fastbert import Embedder
 from fastbert.packing import pack, pack_padded, token_batches
 from fastbert.weights import load_weights
 
+FOREIGN = Path(__file__).parent / "foreign"
 EXAMPLES = int(os.environ.get("FASTBERT_FUZZ_EXAMPLES", "150"))
+LONG = EXAMPLES >= 1000
 fuzz = settings(
-    max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=EXAMPLES < 1000
-)
+    max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=not LONG,
+    database=DirectoryBasedExampleDatabase(FOREIGN.parent.parent / ".hypothesis" / "examples") if LONG else None,
+)  # fmt: skip
 TEXTS = ["the quick fox", "", "a \ud800 [MASK] \x00 fox " * 9]
 WORDS = ["the", "quick", "fox", "a", "##s"]
 # What a user can act on. Anything else (AttributeError, IndexError, RuntimeError, ...) is a bug of ours.
@@ -149,6 +160,38 @@ def use(path):
     assert vectors.shape == (3, embedder.get_embedding_dimension())
 
 
+@contextmanager
+def kept(path: Path, name: str) -> Iterator[None]:
+    """Keep the file that a long run fails on: the last one tried, which hypothesis has made small."""
+    try:
+        yield
+    except BaseException:
+        if LONG:
+            content = (path / name).read_bytes()
+            place = FOREIGN / f"found-{hashlib.sha256(content).hexdigest()[:8]}" / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(content)
+        raise
+
+
+@pytest.mark.parametrize("case", sorted(path.name for path in FOREIGN.iterdir() if path.is_dir()))
+def test_files_that_were_faults(folder, tmp_path, case):
+    """What `tests/foreign/` holds, laid over a whole folder, is answered as its `error.txt` says."""
+    for path in (folder, FOREIGN / case):
+        shutil.copytree(path, tmp_path, dirs_exist_ok=True)
+    if any(tmp_path.glob("*.index.json")):
+        (tmp_path / "model.safetensors").unlink()
+    said = tmp_path / "error.txt"
+    if said.exists():
+        with pytest.raises(CLEAR, match=re.escape(said.read_text().strip())):
+            use(tmp_path)
+        return
+    try:
+        use(tmp_path)
+    except CLEAR as error:
+        explained(error)
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_json_files(folder, tmp_path_factory, name):
     original = json.loads((folder / name).read_text())
@@ -167,7 +210,35 @@ def test_json_files(folder, tmp_path_factory, name):
         except MemoryError:
             pass
 
-    run()
+    with kept(work, name):
+        run()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
+def test_weight_headers(folder, tmp_path_factory, name):
+    """JSON that says where tensors lie: a safetensors header of the right length, and the index of shards."""
+    content = (folder / "model.safetensors").read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    work = tmp_path_factory.mktemp("headers")
+    if name.endswith("json"):
+        shutil.copy(folder / "model.safetensors", work / "shard.safetensors")
+        header = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(header, "shard.safetensors")}
+        del header["weight_map"]["__metadata__"]
+
+    @fuzz
+    @given(st.data())
+    def run(data):
+        text = json.dumps(mutate(data.draw, header)).encode()
+        whole = text if name.endswith("json") else len(text).to_bytes(8, "little") + text + content[end:]
+        (work / name).write_bytes(whole)
+        try:
+            load_weights(work)
+        except CLEAR as error:
+            explained(error)
+
+    with kept(work, name):
+        run()
 
 
 @pytest.mark.parametrize(
@@ -202,7 +273,8 @@ def test_bytes(folder, tmp_path_factory, name):
         except CLEAR as error:
             explained(error)
 
-    run()
+    with kept(work, name):
+        run()
 
 
 @fuzz
@@ -218,6 +290,8 @@ ids = st.integers(-(2**70), 2**70) | st.integers(0, 40) | st.booleans() | st.non
 
 
 @fuzz
+@example([[2**63]], None)
+@example([[-1], [True, 2]], [[0], []])
 @given(st.lists(st.lists(ids, max_size=5), max_size=5), st.none() | st.lists(st.lists(ids, max_size=5), max_size=5))
 def test_packing_lists(sequences, types):
     try:
@@ -241,6 +315,8 @@ def tensors(draw):
 
 
 @fuzz
+@example(torch.zeros(0, 3, dtype=torch.int64), None, None, None)
+@example(torch.zeros(2, 0, dtype=torch.int64), torch.zeros(2, 0), None, None)
 @given(tensors(), st.none() | tensors(), st.none() | tensors(), st.none() | tensors())
 def test_packing_tensors(input_ids, mask, types, positions):
     try:
@@ -252,6 +328,8 @@ def test_packing_tensors(input_ids, mask, types, positions):
 
 
 @fuzz
+@example([2**40], 1, 1)
+@example([0, 0], 1, None)
 @given(st.lists(st.integers(-2, 2**40), max_size=20), st.integers(-1, 2**40), st.none() | st.integers(-1, 5))
 def test_token_batches(lengths, budget, most):
     try:
@@ -263,19 +341,3 @@ def test_token_batches(lengths, budget, most):
     for batch in batches:
         assert len(batch) == 1 or sum(lengths[i] for i in batch) <= budget
         assert most is None or len(batch) <= most
-
-
-def test_padding_id_outside_the_vocabulary():
-    """Found by a long run: torch's embedding answered with an AssertionError."""
-    with pytest.raises(ValueError, match="pad_token_id is 10 but vocab_size is 10"):
-        fastbert.BertConfig(vocab_size=10, pad_token_id=10)
-
-
-def test_a_post_processor_with_an_id_of_its_own(folder, tmp_path):
-    """Found by a long run: the engine's IndexError at the first text."""
-    work = shutil.copytree(folder, tmp_path / "alien")
-    content = json.loads((work / "tokenizer.json").read_text())
-    content["post_processor"]["cls"][1] = 10
-    (work / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="the tokenizer has 11 ids but the model's vocab_size is 10"):
-        Embedder.from_pretrained(work)

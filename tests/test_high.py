@@ -9,8 +9,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import test_engine
 import torch
+from engine_models import LENGTHS, MODELS, assert_engine_within_budget, batch_of, build, engine_run
 
 import fastbert
 from fastbert import native, use_backend
@@ -50,7 +50,7 @@ def tiles(request, precision):
 
 def errors(model, batch) -> tuple[float, float]:
     """Relative errors of the engine and of fp32, both to fp64."""
-    ours = test_engine.engine_run(model, batch)
+    ours = engine_run(model, batch)
     with torch.no_grad(), use_backend("reference"):
         exact = copy.deepcopy(model).double().forward_packed(batch)
         same = model.forward_packed(batch)
@@ -62,11 +62,11 @@ def plan(model) -> str:
     return model.execution_plan()
 
 
-@pytest.mark.parametrize("name", test_engine.MODELS)
+@pytest.mark.parametrize("name", MODELS)
 def test_every_family_and_size(tiles, name):
-    model = test_engine.build(name)
+    model = build(name)
     assert HIGH in plan(model)
-    ours, same = errors(model, test_engine.batch_of(model))
+    ours, same = errors(model, batch_of(model))
     assert ours <= ROUNDINGS * same
     if name != "deep":  # which amplifies whatever is rounded seven times as much as the others
         assert ours <= TARGET
@@ -80,44 +80,44 @@ def test_real_weights(tiles, minilm):
     assert errors(model, batch)[0] <= TARGET
 
 
-@pytest.mark.parametrize("lengths", [test_engine.LENGTHS, [600, 40, 1]], ids=["few", "long"])
+@pytest.mark.parametrize("lengths", [LENGTHS, [600, 40, 1]], ids=["few", "long"])
 def test_threads_and_batches_change_no_bit(tiles, lengths):
-    model = test_engine.build("bert")
-    batch = test_engine.batch_of(model, lengths)
-    together = test_engine.engine_run(model, batch)
+    model = build("bert")
+    batch = batch_of(model, lengths)
+    together = engine_run(model, batch)
     before = torch.get_num_threads()
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            assert torch.equal(test_engine.engine_run(model, batch), together)
+            assert torch.equal(engine_run(model, batch), together)
     finally:
         torch.set_num_threads(before)
     types = batch.split(batch.type_ids)
     for ids, kinds, part in zip(batch.split(batch.input_ids), types, batch.split(together), strict=True):
-        assert torch.equal(test_engine.engine_run(model, pack([ids.tolist()], [kinds.tolist()])), part)
+        assert torch.equal(engine_run(model, pack([ids.tolist()], [kinds.tolist()])), part)
 
 
 def test_weights_without_their_lows_fail(tiles, monkeypatch):
     pair = cpu._linear
     monkeypatch.setattr(cpu, "_linear", lambda linear: (pair(linear)[0].bfloat16().float(), pair(linear)[1]))
-    model = test_engine.build("bert")
-    ours, same = errors(model, test_engine.batch_of(model))
+    model = build("bert")
+    ours, same = errors(model, batch_of(model))
     assert ours > TARGET
     assert ours > ROUNDINGS * same
 
 
 def test_the_setting_is_seen_and_other_weights_ignore_it(tiles, precision):
-    model = test_engine.build("bert")
-    batch = test_engine.batch_of(model)
-    high = test_engine.engine_run(model, batch)
+    model = build("bert")
+    batch = batch_of(model)
+    high = engine_run(model, batch)
     precision("highest")
     assert HIGH not in plan(model)
-    test_engine.assert_engine_within_budget(model, batch)
-    exact = test_engine.engine_run(model, batch)
+    assert_engine_within_budget(model, batch)
+    exact = engine_run(model, batch)
     precision("high")
     assert not torch.equal(exact, high)
-    assert torch.equal(test_engine.engine_run(model, batch), high)
-    assert plan(test_engine.build("bert").bfloat16()).startswith("cpu engine: bfloat16, ")
+    assert torch.equal(engine_run(model, batch), high)
+    assert plan(build("bert").bfloat16()).startswith("cpu engine: bfloat16, ")
     assert plan(quantize_int8(model)).startswith("cpu engine: int8 with ")
 
 
@@ -125,11 +125,11 @@ def test_without_tiles_high_is_exact(precision):
     before = C.isa()
     C.set_isa("portable")
     try:
-        model = test_engine.build("bert")
-        exact = test_engine.engine_run(model, test_engine.batch_of(model))
+        model = build("bert")
+        exact = engine_run(model, batch_of(model))
         precision("high")
         assert "float32 (exact: only AMX is faster below)" in plan(model)
-        assert torch.equal(test_engine.engine_run(model, test_engine.batch_of(model)), exact)
+        assert torch.equal(engine_run(model, batch_of(model)), exact)
         with pytest.raises(ValueError, match="precision high needs AMX"):
             C.Encoder(cpu._weights(model), True)
     finally:
@@ -155,7 +155,7 @@ extern "C" void product(const float* x, const float* w, int64_t rows, int64_t in
   char* memory = static_cast<char*>(aligned_alloc(64, round_up(operands.nbytes(), 64)));
   memset(memory, 0, operands.nbytes());
   operands.place(memory);
-  for (int64_t r = 0; r < rows; ++r) operands.fill(linear, r, x + r * in, in);
+  for (int64_t r = 0; r < rows; ++r) operands.fill(linear, r, x + r * in, in, 0);
   for (int64_t p = 0; p < padded / kColumns; ++p)
     each_tile<split>(rows, [&](int64_t r, int64_t n) LAMBDA {
       multiply(linear, p, 0, num_blocks(in), n, operands.all().from(r), y + r * padded + p * kColumns, padded);

@@ -59,7 +59,7 @@ BUDGETS = {
     "models/bert.py": 330,
     "weights.py": 230,
     "kernels/attention.py": 400,
-    "testing.py": 300,
+    "testing.py": 305,
     "embedder.py": 435,
     "corpus.py": 400,
 }

@@ -70,12 +70,12 @@ def embed(
     file = None
     if to_file:
         file = VectorFile(Path(str(output)), resume=resume, overwrite=overwrite, with_text=text)
-    folder = resolve(model)
 
     from fastbert.embedder import Embedder
     from fastbert.engine.dtypes import resolve_device, resolve_dtype
 
     where = resolve_device(device)
+    folder = resolve(model)
     if file is not None:
         # Threads, batch size and token budget are left out: they decide the speed, and may change between runs. Which
         # device and dtype a default means depends on the machine: rows of two would differ.

@@ -39,8 +39,10 @@ def finetune(
     if task not in TASK_NAMES:
         raise typer.BadParameter(f"unknown task {task!r}; the tasks are {', '.join(TASK_NAMES)}")
 
+    from fastbert.engine.dtypes import resolve_device
     from fastbert.train.finetune import prepare
 
+    resolve_device(options.device)  # before anything is read
     warnings.showwarning = lambda message, *rest: typer.echo(f"warning: {message}", err=True)
     run: Any = prepare(model or DEFAULT_MODEL, train, eval, task, options)
     if dry_run:

@@ -37,8 +37,10 @@ def pretrain(
     if options.output_dir is None:
         raise typer.BadParameter("--out FOLDER is needed: model, checkpoints and tokens go there")
 
+    from fastbert.engine.dtypes import resolve_device
     from fastbert.train.pretrain import prepare
 
+    resolve_device(options.device)  # before anything is read
     warnings.showwarning = lambda message, *rest: typer.echo(f"warning: {message}", err=True)
     run: Any = prepare(options)
     if dry_run:

@@ -110,8 +110,10 @@ def serve(
     values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items() if v is not None}
     settings = Settings(**values)
     keys = settings.keys()
+    from fastbert.engine.dtypes import resolve_device
     from fastbert.hub import resolve
 
+    resolve_device(settings.device)  # before anything is fetched
     try:
         from fastbert.serve.launch import launch
     except ModuleNotFoundError as error:

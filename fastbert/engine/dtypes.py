@@ -29,8 +29,30 @@ def auto_on_cpu() -> tuple[str, str]:
 
 
 def resolve_device(device: torch.device | str | None) -> torch.device:
-    """The device that is asked for; None is a GPU where there is one."""
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """The device that is asked for; None is a GPU where there is one.
+
+    Raises:
+        ValueError: no name of a device, or a GPU that is not here.
+    """
+    try:
+        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:  # lists thirty names of torch's
+        raise ValueError(f"device {device!r} is no device: use 'cpu', 'cuda' or 'cuda:1'") from error
+    if found.type != "cuda":
+        return found
+    wanted = f"device {str(found)!r} is wanted, but"
+    if torch.version.cuda is None and torch.version.hip is None:
+        raise ValueError(
+            f"{wanted} torch {torch.__version__} is built for CPUs alone: use 'cpu', or install a torch built for CUDA"
+        )
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"{wanted} torch {torch.__version__} sees no GPU: use 'cpu', or see what nvidia-smi and "
+            "CUDA_VISIBLE_DEVICES say"
+        )
+    if found.index is not None and found.index >= (count := torch.cuda.device_count()):
+        raise ValueError(f"{wanted} torch sees {count} GPUs: use {' or '.join(f'cuda:{i}' for i in range(count))}")
+    return found
 
 
 def resolve_dtype(name: str | None, device: torch.device) -> str:

@@ -137,8 +137,6 @@ class Served:
         root = resolve(name, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only)
         kind = kind_of(root, pooling)
         device = resolve_device(device)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device {str(device)!r} is wanted, but torch {torch.__version__} sees no GPU: use 'cpu'")
         dtype = resolve_dtype(dtype, device)
         sha = root.name if root.parent.name == "snapshots" else None
         if kind.name == "embedding":

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from fastbert.engine.dtypes import resolve_device
 from fastbert.models.layer_stack import LayerStack
 from fastbert.train.layers import layers_of
 
@@ -119,16 +120,9 @@ class World:
 
 
 def _device(name: str | None, local_rank: int) -> torch.device:
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"device is {name!r}, but torch finds no GPU on this machine")
-        index = local_rank if device.index is None else device.index
-        if index >= torch.cuda.device_count():
-            raise ValueError(f"device is cuda:{index}, but this machine has {torch.cuda.device_count()} GPUs")
-        return torch.device("cuda", index)
+    device = resolve_device(name)
+    if device.type == "cuda" and device.index is None:
+        return resolve_device(f"cuda:{local_rank}")
     return device
 
 

@@ -1,0 +1,162 @@
+"""Providers take turns: whoever has none is stopped, and nobody outlives the run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from benchmarks import __main__ as suite
+from benchmarks import harness, turns
+
+
+def test_variants_take_turns():
+    calls = []
+    times = harness.interleave({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=2, warmup=1)
+    assert "".join(calls) == "ab" + "ab" + "ba"
+    assert [len(t) for t in times.values()] == [2, 2]
+
+
+def slow_lengths(ms: float):
+    """A provider for tests: the vector of a text is its length."""
+    if ms < 0:
+        raise ValueError("there is no such time")
+
+    def encode(texts):
+        if texts == ["fail"]:
+            raise KeyError("fail")
+        time.sleep(ms / 1e3)
+        return np.array([[len(text)] for text in texts], np.float32)
+
+    return encode
+
+
+def state(pid: int) -> str:
+    """R running, S asleep, T stopped, Z dead; nothing where there is no such process."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def wait_for(condition, seconds: float = 60.0) -> bool:
+    """Whether it comes true in time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+@linux
+def test_who_has_no_turn_is_stopped():
+    with turns.Provider("quick", slow_lengths, 1.0) as quick, turns.Provider("slow", slow_lengths, 20.0) as slow:
+        pids = [quick.process.pid, slow.process.pid]
+        assert wait_for(lambda: [state(pid) for pid in pids] == ["T", "T"])
+        assert quick.call(["abc", "d"]).tolist() == [[3], [1]]
+        assert wait_for(lambda: state(pids[0]) == "T")
+        cells = [turns.Cell(["abc"], [quick, slow], ["a"]), turns.Cell(["d", "e"], [quick], ["d"], every=3)]
+        every, third = turns.take_turns(cells, seconds=0.0)
+        assert [len(ms) for ms in every.values()] == [6, 6]
+        assert [len(ms) for ms in third.values()] == [2]
+        assert min(every["slow"]) >= 20 > min(every["quick"]) >= 1
+        with pytest.raises(turns.Failed, match="KeyError: 'fail'"):
+            quick.call(["fail"])
+        assert quick.call(["ab"]).tolist() == [[2]], "one failure is not the end"
+        times = turns.take_turns(cells[:1], seconds=0.0, parts=2)
+        assert [len(ms) for ms in times[0].values()] == [4, 4]
+        assert [state(pid) for pid in pids] == ["", ""], "each part has processes of its own"
+        pids = [quick.process.pid, slow.process.pid]
+        assert wait_for(lambda: [state(pid) for pid in pids] == ["T", "T"])
+    assert [state(pid) for pid in pids] == ["", ""]
+    with pytest.raises(turns.Failed, match="ValueError: there is no such time"):
+        turns.Provider("broken", slow_lengths, -1.0)
+
+
+@linux
+def test_suites_take_turns_in_each_round_and_keep_their_samples(monkeypatch):
+    order, finished = [], {}
+    monkeypatch.setattr(turns.Provider, "time", lambda self, cell: order.append(cell.given) or float(cell.given))
+
+    def prepare(options, stack):
+        (name, *givens) = options
+        provider = stack.enter_context(turns.Provider(name, slow_lengths, 1.0))
+        cells = [turns.Cell(given, [provider], "", every=2 if name == "rare" else 1) for given in givens]
+        return turns.Suite(cells, 0.0, 1, lambda found: finished.update({name: found}))
+
+    turns.measure([(prepare, ["often", "1", "2"]), (prepare, ["rare", "3", "4"])])
+    assert "".join(order) == "123" + "124" + "123" + "124", "rare cells are spread over the rounds"
+    assert finished["often"] == [{"often": [1.0] * 4}, {"often": [2.0] * 4}]
+    assert finished["rare"] == [{"rare": [3.0] * 2}, {"rare": [4.0] * 2}]
+
+
+HOLDS_A_PROVIDER = """
+import time
+from benchmarks.turns import Provider
+from tests.test_bench_turns import slow_lengths
+
+if __name__ == "__main__":
+    with Provider("held", slow_lengths, 1.0) as held:
+        print(held.process.pid, flush=True)
+        time.sleep(600)
+"""
+
+
+@linux
+@pytest.mark.parametrize("how", ["ended", "killed"])
+def test_stopped_providers_do_not_outlive_the_run(tmp_path, how):
+    script = tmp_path / "holds.py"
+    script.write_text(HOLDS_A_PROVIDER)
+    root = str(suite.SOURCE)
+    process = subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, start_new_session=True,
+        env={**os.environ, "PYTHONPATH": root},
+    )  # fmt: skip
+    held = int(process.stdout.readline())
+    assert wait_for(lambda: state(held) == "T")
+    if how == "ended":
+        suite.end(process)
+    else:
+        process.kill()
+    assert process.wait(60) < 0
+    assert wait_for(lambda: state(held) in ("", "Z"))
+
+
+@linux
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_bench_leaves_nothing_behind(tmp_path, number):
+    mark = f"FASTBERT_BENCH_OUT={tmp_path}".encode()
+
+    def marked():
+        found = []
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                with open(f"/proc/{pid}/environ", "rb") as file:
+                    found += [pid] if mark in file.read().split(b"\0") else []
+            except OSError:
+                continue  # gone, or not ours
+        return found
+
+    command = [sys.executable, "-m", "fastbert", "bench", "ops", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert wait_for(marked), "the suite has begun"
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode not in (0, 1)
+    assert wait_for(lambda: not marked())
+
+
+def test_short_calls_fill_the_clock():
+    calls = []
+    harness.interleave({"a": lambda: calls.append(0)}, rounds=1, warmup=1, least_ms=0.05)
+    assert len(calls) > 3
