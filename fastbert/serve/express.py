@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 _MOST, _LONGEST = 512, 2048  # heads that are remembered, bytes of each
 _UNUSUAL = ("transfer-encoding", "expect", "upgrade", "connection")
+_NEVER_AGAIN = ("x-request-id", "traceparent")  # heads that say these are new each time
 _OF_A_CONNECTION = ("client", "server", "scheme", "state", HEAD)
 
 
@@ -54,7 +55,7 @@ class Heads:
         length = head.sent.get("content-length", "")
         if not length.isdigit() or len(data) != end + int(length) or int(length) > gate.state.settings.payload_limit:
             return
-        if any(name in head.sent for name in _UNUSUAL) or ("POST", head.path) not in gate.handlers:
+        if any(name in head.sent for name in (*_UNUSUAL, *_NEVER_AGAIN)) or ("POST", head.path) not in gate.handlers:
             return
         if len(self._known) >= _MOST:
             self._known.clear()
