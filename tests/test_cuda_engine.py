@@ -19,6 +19,7 @@ from fastbert.engine.dtypes import resolve_dtype
 from fastbert.hub import DEFAULT_MODEL, PACKAGED
 from fastbert.models.encoder import EncoderModel
 from fastbert.models.quantize import Float8Linear, loaded_dtype, quantize_float8, quantize_int8
+from fastbert.ops import l2_normalize, pool
 from fastbert.packing import PackedBatch, pack
 
 SIZES = {
@@ -156,6 +157,46 @@ def test_out_of_inference_mode_is_written():
         out = torch.empty(batch.num_tokens, SIZES["hidden_size"])
     assert engine.run(batch, out) is out
     assert torch.equal(out, engine.run(batch))
+
+
+# Vectors in the same graph.
+
+
+@pytest.mark.parametrize("mode", ["mean", "cls", "max"])
+@pytest.mark.parametrize("unit", [False, True])
+def test_vectors_of_a_graph_are_those_of_its_hidden_states(mode, unit, poisoned_empty):
+    model = build()
+    engine = engine_of(model)
+    for lengths in (LENGTHS, [64], [1] * 130, [2] * cuda.VECTORS, [3, 9]):
+        batch = batch_of(model, lengths)
+        hidden, vectors = engine.run(batch), engine.run(batch, pooling=mode, unit=unit)
+        if len(lengths) > cuda.VECTORS:
+            assert vectors is None
+            continue
+        right = pool(hidden, batch.cu_seqlens, mode)
+        right = l2_normalize(right) if unit else right
+        assert vectors.dtype == right.dtype
+        torch.testing.assert_close(vectors, right, rtol=0, atol=1e-6)
+        with pytest.raises(AssertionError):  # another pooling
+            torch.testing.assert_close(engine.run(batch, pooling="lasttoken", unit=unit), right, rtol=0, atol=1e-6)
+    assert engine.has_captured(batch, (mode, unit)) and not engine.has_captured(batch, (mode, not unit))
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, [0], [64], [1] * 64, [1] * 70], ids=str)
+def test_a_batch_that_is_staged_is_the_batch_that_is_loaded(lengths):
+    model, cpu = build(), torch.device("cpu")
+    batch = batch_of(model, lengths)
+    staged, loaded = cuda._Bucket(128, cpu), cuda._Bucket(128, cpu)
+    for before in (batch_of(model, [100, 28]), batch, replace(batch, type_ids=None)):
+        staged.stage(before)
+        loaded.load(before, by_ranges=kernels.interpreted())
+        assert torch.equal(staged.ids, loaded.ids)
+        if before.num_sequences <= cuda.VECTORS:
+            assert torch.equal(staged.places, loaded.places)
+        if kernels.interpreted():
+            assert torch.equal(staged.ranges, loaded.ranges)
+    T = batch.num_tokens
+    assert staged.ranges[:, T:].eq(T).all(), "the tail sees keys"
 
 
 # What is asked of a caller.
@@ -366,6 +407,34 @@ def test_graphs_give_the_bits_of_the_chain(name, dtype):
     # GEMMs over a bucket and over T rows may be different kernels of the vendor: the last bit may differ
     atol = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}[dtype]
     torch.testing.assert_close(first, right, rtol=0, atol=atol)
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_call_computes_while_the_host_looks_whether_the_model_is_the_same(dtype):
+    """And vectors come from the graph."""
+    model = build().to("cuda", dtype)
+    host = batch_of(model, [9, 30, 1])
+    with use_backend("triton"), torch.no_grad():
+        for batch in (host, host.to("cuda")):
+            for _ in range(2):
+                found = model.pool_packed(batch, "mean", unit=True)
+                hidden = model.forward_packed(batch)
+                right = l2_normalize(pool(hidden, host.cu_seqlens.to("cuda"), "mean"))
+                torch.testing.assert_close(found, right, rtol=0, atol=1e-5)
+        engine = choice._compiled[model]
+        layer = model.encoder.layer[1].feed_forward.output
+        layer.weight = torch.nn.Parameter(layer.weight * 1.5, requires_grad=False)
+        after = model.forward_packed(host)
+        assert choice._compiled[model] is not engine
+        torch.testing.assert_close(after, chain(model, host.to("cuda")), rtol=0, atol=1e-1)
+        assert (after - hidden).abs().max() > 1e-2, "the old weights"
+        wrong = replace(host, input_ids=host.input_ids + 90)
+        with pytest.raises(IndexError, match="input_ids has values from"):
+            model.forward_packed(wrong)
+        model.resize_token_embeddings(200)
+        assert model.forward_packed(wrong).isfinite().all(), "ids that only the old table lacks"
 
 
 @pytest.mark.gpu

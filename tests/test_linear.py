@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from fastbert import kernels, ops, use_backend
 from fastbert.ops.float8_linear import float8_linear_ref, quantize_rows_float8
-from fastbert.ops.linear import linear_add_ref, linear_gelu_ref
+from fastbert.ops.linear import linear_add_norm_ref, linear_add_ref, linear_gelu_ref
 from fastbert.testing import assert_within_budget
 
 on_kernels = pytest.mark.skipif(
@@ -62,6 +62,24 @@ def test_epilogues_are_within_budget(shape, dtype, poisoned_empty):
     assert_within_budget(ours, linear_add_ref(*_linear(i), i["residual"]), exact)
     with pytest.raises(AssertionError, match="budget"):  # the residual is forgotten
         assert_within_budget(kernels.linear_add_fwd(*_linear(i), 0 * i["residual"]), ours, exact)
+
+
+@on_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (33, 300, 24)], ids=str)
+def test_a_product_whose_sums_the_norm_adds_up_is_within_budget(shape, dtype, poisoned_empty, monkeypatch):
+    from fastbert.kernels import configs
+
+    i = _inputs(shape, dtype)
+    norm = _inputs((1, shape[2], 1), dtype, seed=1)
+    rest = (norm["gamma"], norm["beta"], 1e-5)
+    same, exact = linear_add_norm_ref(*_linear(i), i["residual"], *rest), linear_add_norm_ref(*_linear(_wide(i)), _wide(i)["residual"], *(_wide(norm)[k] for k in ("gamma", "beta")), 1e-5)
+    for programs in (2, 1000):  # one chunk, as many as there are steps
+        monkeypatch.setattr(configs, "linear_programs", lambda n=programs: n)
+        ours = kernels.linear_add_norm_fwd(*_linear(i), i["residual"], *rest)
+        assert_within_budget(ours, same, exact)
+    with pytest.raises(AssertionError, match="budget"):  # the bias is forgotten
+        assert_within_budget(kernels.linear_add_norm_fwd(*_linear(i | {"bias": 0 * i["bias"]}), i["residual"], *rest), same, exact)
 
 
 @on_kernels
@@ -249,7 +267,7 @@ def test_epilogues_are_those_that_were_measured():
         from fastbert.kernels import configs
 
         assert set(configs.EPILOGUES) == {90}
-        assert set(configs.EPILOGUES[90]) == {"linear", "linear_gelu"}
+        assert set(configs.EPILOGUES[90]) == {"linear", "linear_gelu", "linear_add_norm"}
 
 
 @pytest.mark.skipif(not kernels.available(), reason="Triton is not installed")
@@ -265,4 +283,5 @@ def test_where_the_linear_kernels_are_used(monkeypatch):
     assert not kernels.supports("linear_gelu", "cuda", torch.float32)
     assert not kernels.supports("norm_linear", "cuda", torch.bfloat16)
     assert [kernels.pays("linear_gelu", T) for T in (1, 1024, 2048, 4096)] == [True, True, False, True]
-    assert [kernels.pays("linear", T) for T in (128, 8192, 16384)] == [False, False, True]
+    assert [kernels.pays("linear", T) for T in (256, 257, 8192, 16384)] == [True, False, False, True]
+    assert [kernels.pays("linear_add_norm", T) for T in (1, 256, 257)] == [True, True, False]

@@ -47,7 +47,7 @@ def graph_alone(model: BertModel, batch: PackedBatch, at: Setting) -> Run:
                 raise RuntimeError(engine)
             made.append(engine._loaded(batch))
         made[0].replay()
-        return made[0].hidden[: batch.num_tokens]
+        return made[0].result[: batch.num_tokens]
 
     return forced(call, at)
 

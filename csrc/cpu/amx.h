@@ -18,6 +18,9 @@ struct alignas(64) TileConfig {
   std::uint8_t rows[16] = {};
 };
 
+// What lies at p is read where the compiler does not see it: `_tile_loadd` does not say that it reads memory.
+INLINE void escape(const void* p) { __asm__ volatile("" : : "r"(p) : "memory"); }
+
 #if defined(FASTBERT_EMULATE_AMX)
 struct EmulatedTiles {
   TileConfig config;
@@ -71,8 +74,9 @@ inline void tile_dot_bytes(int c, int a, int b) {
 #define TILE_DOT_BF16(c, a, b) tile_dot_bf16(c, a, b)
 #define TILE_DOT_BYTES(c, a, b) tile_dot_bytes(c, a, b)
 #else
-#define TILE_CONFIG_LOAD(p) _tile_loadconfig(p)
-#define TILE_CONFIG_STORE(p) _tile_storeconfig(p)
+// Not by intrinsics: GCC takes `_tile_loadconfig` to read 8 of the 64 bytes, and drops the stores of the others.
+#define TILE_CONFIG_LOAD(p) __asm__ volatile("ldtilecfg %0" : : "m"(*(p)))
+#define TILE_CONFIG_STORE(p) __asm__ volatile("sttilecfg %0" : "=m"(*(p)))
 #define TILE_ZERO(t) _tile_zero(t)
 #define TILE_LOAD(t, p, stride) _tile_loadd(t, p, stride)
 #define TILE_STORE(t, p, stride) _tile_stored(t, p, stride)
@@ -118,6 +122,7 @@ template <int NV, bool kBytes>
 INLINE void amx_products(int64_t rows, int64_t steps, const char* a, int64_t lda, const char* b, void* sums) {
   constexpr int64_t kRow = 2 * kTileBytes;
   const bool high = rows > kTileHeight;
+  escape(a);
 #define TILE_DOT(c, x, y)      \
   if constexpr (kBytes)        \
     TILE_DOT_BYTES(c, x, y);   \
@@ -149,6 +154,7 @@ INLINE void amx_products(int64_t rows, int64_t steps, const char* a, int64_t lda
 INLINE void amx_split_products(int64_t rows, int64_t steps, const char* a, int64_t lda, const char* b, void* sums) {
   constexpr int64_t kRow = 2 * kTileBytes, kHalf = kTileHeight * kRow;
   const bool high = rows > kTileHeight;
+  escape(a);
 #define LOAD_A(p)                              \
   TILE_LOAD(4, p, lda);                        \
   if (high) {                                  \

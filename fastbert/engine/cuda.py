@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -24,12 +25,16 @@ from fastbert.models.mpnet import MPNetEncoder, relative_buckets
 from fastbert.models.quantize import Float8Linear
 from fastbert.ops.dispatch import backend_for, can_look, capturable, forced_backend
 from fastbert.ops.embed import check_ids
+from fastbert.ops.l2_normalize import l2_normalize
+from fastbert.ops.pool import pool
 from fastbert.packing import PackedBatch
 
 SMALLEST, LARGEST = 64, 65536  # tokens of a bucket
+VECTORS = 64  # sequences that a graph pools, at most; the tokens of its tail are one more
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 Replay = Callable[[], object]
+Pooled = tuple[str, bool]  # mode of `ops.pool`, and whether vectors have length 1
 Capture = Callable[[Callable[[], torch.Tensor]], tuple[Replay, torch.Tensor]]
 
 
@@ -65,44 +70,63 @@ class _Graphs:
 def _uncaptured(forward: Callable[[], torch.Tensor]) -> tuple[Replay, torch.Tensor]:
     """In place of a capture where there is no GPU: runs again what a graph would replay."""
     hidden = forward()
-    return lambda: hidden.copy_(forward()), hidden
+    return torch.no_grad()(lambda: hidden.copy_(forward())), hidden
+
+
+def _views(inputs: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of a bucket's inputs: ids (3, T), ranges of keys (2, T) int32, first tokens of sequences (VECTORS + 2) int32."""
+    ids, ranges, places = inputs.split([3 * num_tokens, num_tokens, VECTORS // 2 + 1])
+    return ids.view(3, -1), ranges.view(torch.int32).view(2, -1), places.view(torch.int32)
 
 
 class _Bucket:
-    """The static buffers of a graph over T tokens: ids (3, T), ranges of keys (2, T), the hidden states it leaves."""
+    """The static buffers of a graph over T tokens, and what it leaves: hidden states, or vectors of sequences."""
 
     def __init__(self, num_tokens: int, device: torch.device) -> None:
         self.num_tokens = num_tokens
-        self.ids = torch.zeros(3, num_tokens, dtype=torch.int64, device=device)
-        self.staging = torch.zeros(3, num_tokens, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self.staged: torch.cuda.Event | None = None
-        self.ranges = torch.zeros(2, num_tokens, dtype=torch.int32, device=device)
+        self.inputs = torch.zeros(4 * num_tokens + VECTORS // 2 + 1, dtype=torch.int64, device=device)
+        self.ids, self.ranges, self.places = _views(self.inputs, num_tokens)
+        self.staging = torch.zeros_like(self.inputs, device="cpu", pin_memory=device.type == "cuda")
+        self.staged = torch.cuda.Event() if device.type == "cuda" else None
         self.cu_seqlens = torch.tensor([0, num_tokens], dtype=torch.int32, device=device)
         self.replay: Replay | None = None
-        self.hidden = torch.empty(0)
+        self.result = torch.empty(0)
 
     def load(self, batch: PackedBatch, by_ranges: bool) -> None:
         """Copy a batch in; ids of the tail are 0, and it sees no keys (or, for a backend without ranges, itself)."""
-        T, device = batch.num_tokens, self.ids.device
-        rows = (batch.input_ids, batch.position_ids, batch.type_ids)
-        host = batch.input_ids.device.type == "cpu" and device.type == "cuda"
-        if by_ranges and not host:
-            return kernels.load_batch(*rows, batch.cu_seqlens, self.ids, self.ranges)
-        if host and self.staged is not None:
-            self.staged.synchronize()  # the copy of the batch before last may still be reading
-        target = self.staging if host else self.ids
-        for row, values in zip(target, rows, strict=True):
-            row[:T].zero_() if values is None else row[:T].copy_(values)
-        target[:, T:].zero_()
-        if host:
-            self.ids.copy_(self.staging, non_blocking=True)
-            self.staged = torch.cuda.Event()
-            self.staged.record()
-        cu_seqlens = batch.cu_seqlens.to(device, non_blocking=True)
+        rows, T, S = (batch.input_ids, batch.position_ids, batch.type_ids), batch.num_tokens, batch.num_sequences
+        if batch.input_ids.device.type == "cpu" and self.inputs.device.type == "cuda":
+            return self.stage(batch)
         if by_ranges:
-            kernels.fill_ranges(cu_seqlens, self.ranges)
+            kernels.load_batch(*rows, batch.cu_seqlens, self.ids, self.ranges)
         else:
-            self.cu_seqlens = F.pad(cu_seqlens, (0, 1), value=self.num_tokens)
+            for row, values in zip(self.ids, rows, strict=True):
+                row[:T].zero_() if values is None else row[:T].copy_(values)
+            self.ids[:, T:].zero_()
+            self.cu_seqlens = F.pad(batch.cu_seqlens.to(self.ids.device), (0, 1), value=self.num_tokens)
+        if S <= VECTORS:
+            self.places[: S + 1].copy_(batch.cu_seqlens)
+            self.places[S + 1 : -1].fill_(T)
+            self.places[-1:].fill_(self.num_tokens)
+
+    def stage(self, batch: PackedBatch) -> None:
+        """The same of a batch on the host: put together in pinned memory, by NumPy, whose calls take a fifth of
+        torch's, and sent in one copy."""
+        if self.staged is not None:
+            self.staged.synchronize()  # the copy of the batch before may still be reading
+        ids, ranges, places = (view.numpy() for view in _views(self.staging, self.num_tokens))
+        T, S, cu = batch.num_tokens, batch.num_sequences, batch.cu_seqlens.numpy()
+        for row, values in zip(ids, (batch.input_ids, batch.position_ids, batch.type_ids), strict=True):
+            row[:T] = 0 if values is None else values.numpy()
+        ids[:, T:] = 0
+        lengths = np.diff(cu)
+        ranges[:, T:] = T
+        ranges[0, :T], ranges[1, :T] = np.repeat(cu[:-1], lengths), np.repeat(cu[1:], lengths)
+        if S <= VECTORS:
+            places[: S + 1], places[S + 1 :], places[-1] = cu, T, self.num_tokens
+        self.inputs.copy_(self.staging, non_blocking=True)
+        if self.staged is not None:
+            self.staged.record()
 
     def batch(self, has_types: bool) -> PackedBatch:
         """The whole bucket as a batch."""
@@ -110,11 +134,18 @@ class _Bucket:
         return PackedBatch(ids, positions, types if has_types else None, self.cu_seqlens, self.num_tokens)
 
 
+def _check_ids(name: str, ids: torch.Tensor, table: torch.Tensor) -> None:
+    """`check_ids`, which is asked for its words only: it takes longer. A negative id is a large one."""
+    if can_look(ids) and ids.numel() and ids.numpy().view(np.uint64).max() >= table.shape[0]:
+        check_ids(name, ids, table)
+
+
 class Engine:
     """A model's graphs, captured bucket by bucket as batches come. Threads and streams take turns.
 
     Attributes:
         dtype: of hidden states, results and weights; statistics and sums are fp32.
+        device: of the graphs and their weights.
     """
 
     def __init__(self, watch: Watch, model: EncoderModel, capture: Capture) -> None:
@@ -122,9 +153,9 @@ class Engine:
         self._embed, self._encoder, self._embeddings = model.embed, model.encoder, model.embeddings
         self._layers = form_of(list(layers_of(self._encoder)))
         self._versions = self._written()
-        self._device = model.device
+        self.device = model.device
         self._capture = capture
-        self._buckets: dict[int, _Bucket] = {}
+        self._buckets: dict[tuple[int, Pooled | None], _Bucket] = {}
         self._turn = threading.Lock()
         self._done: torch.cuda.Event | None = None
         self.backend = forced_backend()
@@ -135,69 +166,83 @@ class Engine:
         same = self.backend == forced_backend() and parts_of(model) == self._watch.parts and self._watch.same()
         return same and self._versions == self._written()
 
+    def has_captured(self, batch: PackedBatch, pooled: Pooled | None) -> bool:
+        """Whether `run` only replays: the graph of so many tokens is there."""
+        return (bucket_of(batch.num_tokens), pooled) in self._buckets
+
     def _written(self) -> list[int]:
         """How often torch has written to each weight, where copies of them are used: a write through `.data` it does
         not count."""
         return [t._version for t in self._watch.tensors] if self._layers.copies else []
 
-    def run(self, batch: PackedBatch, out: torch.Tensor | None = None) -> torch.Tensor | None:
+    def run(
+        self, batch: PackedBatch, out: torch.Tensor | None = None, pooling: str | None = None, unit: bool = False
+    ) -> torch.Tensor | None:
         """PackedBatch -> hidden states (T, D) of the last layer, or None for more than `LARGEST` tokens.
 
         Args:
             batch: on the model's device; or on the host, which stages it through pinned memory.
-            out: (T, D) to write to, on the device or in pinned memory on the host (then the caller waits for the
-                stream); None allocates on the device.
+            out: to write to, on the device or in pinned memory on the host (then the caller waits for the stream);
+                None allocates on the device.
+            pooling, unit: a mode of `ops.pool` asks for vectors (S, D) instead, of length 1 (and fp32) if `unit`:
+                None for more than `VECTORS` sequences.
 
         Raises:
             IndexError: ids outside a table, for a batch on the host: a device is not asked.
             ValueError: `cu_seqlens` that do not fit the tokens (as above); `out` of another shape or dtype.
         """
-        T = batch.num_tokens
-        if T > LARGEST:
+        rows = batch.num_tokens if pooling is None else batch.num_sequences
+        if batch.num_tokens > LARGEST or (pooling is not None and rows > VECTORS):
             return None
         self._check(batch)
-        with torch.inference_mode(False), torch.no_grad(), self._turn, self._on_device():
+        with self._turn, self._on_device():
             if self._done is not None:
                 self._done.wait()  # another stream may still be reading the static buffers
-            bucket = self._loaded(batch)
+            bucket = self._loaded(batch, None if pooling is None else (pooling, unit))
+            shape = (rows, bucket.result.shape[1])
             if out is None:
-                out = bucket.hidden.new_empty(T, bucket.hidden.shape[1])
-            elif out.shape != (T, bucket.hidden.shape[1]) or out.dtype != self.dtype:
-                expected = (T, bucket.hidden.shape[1])
-                raise ValueError(f"out is {out.dtype} {tuple(out.shape)}, expected {self.dtype} {expected}")
+                out = bucket.result.new_empty(shape)
+            elif out.shape != shape or out.dtype != bucket.result.dtype:
+                raise ValueError(
+                    f"out is {out.dtype} {tuple(out.shape)}, expected {bucket.result.dtype} {shape}"
+                )
             assert bucket.replay is not None
             bucket.replay()
             with torch.inference_mode(out.is_inference()):  # such a tensor may be written to nowhere else
-                out.copy_(bucket.hidden[:T], non_blocking=True)
-            if self._device.type == "cuda":
-                self._done = torch.cuda.Event()
+                out.copy_(bucket.result[:rows], non_blocking=True)
+            if self.device.type == "cuda":
+                self._done = self._done or torch.cuda.Event()
                 self._done.record()
         return out
 
     def _on_device(self) -> torch.cuda.device | nullcontext[None]:
-        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _check(self, batch: PackedBatch) -> None:
         tables = self._embeddings
-        check_ids("input_ids", batch.input_ids, tables.word_embeddings.weight)
-        check_ids("position_ids", batch.position_ids, tables.position_embeddings.weight)
+        _check_ids("input_ids", batch.input_ids, tables.word_embeddings.weight)
+        _check_ids("position_ids", batch.position_ids, tables.position_embeddings.weight)
         if batch.type_ids is not None and tables.token_type_embeddings is not None:
-            check_ids("type_ids", batch.type_ids, tables.token_type_embeddings.weight)
-        if can_look(batch.cu_seqlens) and int(batch.cu_seqlens[-1]) != batch.num_tokens:
+            _check_ids("type_ids", batch.type_ids, tables.token_type_embeddings.weight)
+        if can_look(batch.cu_seqlens) and batch.cu_seqlens.numpy()[-1] != batch.num_tokens:
             raise ValueError(f"cu_seqlens ends at {int(batch.cu_seqlens[-1])} but there are {batch.num_tokens} tokens")
 
-    def _loaded(self, batch: PackedBatch) -> _Bucket:
+    def _loaded(self, batch: PackedBatch, pooled: Pooled | None = None) -> _Bucket:
         """The bucket of the batch with the batch in it, captured if it is new."""
-        size = bucket_of(batch.num_tokens)
-        bucket = self._buckets.get(size) or _Bucket(size, self._device)
+        key = bucket_of(batch.num_tokens), pooled
         by_ranges = backend_for("attention", self._embeddings.word_embeddings.weight) is kernels
-        bucket.load(batch, by_ranges)
-        if bucket.replay is None:
-            bucket.replay, bucket.hidden = self._capture(lambda: self._forward(bucket, by_ranges))
-            self._buckets[size] = bucket  # only a captured one is kept
+        bucket = self._buckets.get(key)
+        if bucket is not None:
+            bucket.load(batch, by_ranges)
+            return bucket
+        with torch.inference_mode(False), torch.no_grad():
+            bucket = _Bucket(key[0], self.device)
+            bucket.load(batch, by_ranges)
+            bucket.replay, bucket.result = self._capture(lambda: self._forward(bucket, by_ranges, pooled))
+        self._buckets[key] = bucket  # only a captured one is kept
         return bucket
 
-    def _forward(self, bucket: _Bucket, by_ranges: bool) -> torch.Tensor:
+    def _forward(self, bucket: _Bucket, by_ranges: bool, pooled: Pooled | None) -> torch.Tensor:
         with kernels.given_ranges(bucket.ranges) if by_ranges else nullcontext():
             batch = bucket.batch(self._embeddings.token_type_embeddings is not None)
             x, rel_bias = self._embed(batch), None
@@ -206,12 +251,16 @@ class Engine:
             if isinstance(self._encoder, MPNetEncoder):
                 table = self._encoder.relative_attention_bias.weight
                 rel_bias = F.embedding(relative_buckets(table.device), table).mT
-            return self._layers(x, batch, rel_bias)
+            hidden = self._layers(x, batch, rel_bias)
+        if pooled is None:
+            return hidden
+        vectors = pool(hidden, bucket.places, pooled[0])
+        return l2_normalize(vectors) if pooled[1] else vectors
 
     def __str__(self) -> str:
-        how = "CUDA graphs" if self._device.type == "cuda" else "no graphs on a CPU"
-        sizes = ", ".join(map(str, sorted(self._buckets))) or "none yet"
-        return f"cuda engine: {str(self.dtype)[6:]} on {self._device}, {how}; buckets of tokens captured: {sizes}"
+        how = "CUDA graphs" if self.device.type == "cuda" else "no graphs on a CPU"
+        sizes = ", ".join(map(str, sorted({size for size, _ in self._buckets}))) or "none yet"
+        return f"cuda engine: {str(self.dtype)[6:]} on {self.device}, {how}; buckets of tokens captured: {sizes}"
 
 
 def compile(model: EncoderModel, capture: Capture | None = None) -> Engine | str:

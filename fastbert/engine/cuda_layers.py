@@ -19,7 +19,7 @@ from fastbert.models.encoder import AddLayerNorm, FeedForward, Layer
 from fastbert.models.quantize import Float8Linear
 from fastbert.ops import add_layer_norm, attention
 from fastbert.ops.dispatch import fused
-from fastbert.ops.linear import linear, linear_add, linear_gelu
+from fastbert.ops.linear import linear, linear_add, linear_add_norm, linear_gelu
 from fastbert.packing import PackedBatch
 
 _FORMS = {ACTIVATIONS["gelu"]: "none", ACTIVATIONS["gelu_new"]: "tanh"}
@@ -65,6 +65,8 @@ def _linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 def _add_norm(module: nn.Module, x: torch.Tensor, residual: torch.Tensor, norm: AddLayerNorm) -> torch.Tensor:
     """LN(module(x) + residual)."""
+    if _fuses(module, "linear_add_norm", x):
+        return linear_add_norm(x, module.weight, module.bias, residual, norm.weight, norm.bias, norm.eps)
     if _fuses(module, "linear_add", x):
         return norm(linear_add(x, module.weight, module.bias, residual))
     return norm(_linear(module, x), residual)

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_FILES = {op: op for op in ("embed", "attention", "add_layer_norm", "gelu", "pool", "cross_entropy")}
+_FILES = {op: op for op in ("embed", "attention", "add_layer_norm", "gelu", "pool", "l2_normalize", "cross_entropy")}
 _FILES |= dict.fromkeys(("attention_rel_bias", "attention_window"), "attention")
-_EPILOGUES = ("linear", "linear_gelu", "linear_add", "norm_linear")
-_FILES |= dict.fromkeys((*_EPILOGUES, "float8_linear"), "linear")
+_EPILOGUES = ("linear", "linear_gelu", "linear_add", "linear_add_norm", "norm_linear")
+_FILES |= dict.fromkeys((*_EPILOGUES, "float8_linear"), "linear") | {"linear_add_norm": "short"}
 _PARTS = {  # of fused layers, which engine/cuda.py builds: no op of their own
     "add_layer_norm_float8": "add_layer_norm",
     **dict.fromkeys(("float8_rows_linear", "float8_gelu", "linear_rows", "fold_norm"), "linear"),

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert.kernels.common import dropout_args, dropout_keep, on_device
-from fastbert.kernels.configs import norm_bwd_tile, norm_tile, num_partials
+from fastbert.kernels.common import begin, dropout_args, dropout_keep, on_device
+from fastbert.kernels.configs import dependent, norm_bwd_tile, norm_parts_tile, norm_tile, num_partials
 from fastbert.kernels.float8 import Float8Rows, float8_of, new_rows
 
 
@@ -30,8 +30,10 @@ def layer_norm_grad(dy, z, weight, mean, rstd, inside, D: tl.constexpr):
 
 
 @triton.jit
-def _sum(x, x_bias, residual, offsets, inside, rows, cols, seed, threshold, keep_scale):
+def _sum(x, parts, part_size, x_bias, residual, offsets, inside, rows, cols, seed, threshold, keep_scale):
     z = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, parts):
+        z += tl.load(x + part * part_size + offsets, mask=inside, other=0.0)
     if x_bias is not None:
         z += x_bias
     if seed is not None:
@@ -44,17 +46,18 @@ def _sum(x, x_bias, residual, offsets, inside, rows, cols, seed, threshold, keep
 @triton.jit(do_not_specialize=["seed", "threshold", "T"])
 def _add_layer_norm_fwd_kernel(
     x, x_bias, residual, weight, bias, y, q, scale, mean, rstd, eps, seed, threshold, keep_scale, T,
-    D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    D: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: a few whole rows. Memory: reads x and residual, writes y (and y in float8); z lives in
-    registers."""
+    """One program: a few whole rows. Memory: reads x (in PARTS that are summed) and residual, writes y (and y in
+    float8); z lives in registers."""
+    begin(PDL)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, COLS)
     inside = (rows < T)[:, None] & (cols < D)
     offsets = rows.to(tl.int64)[:, None] * D + cols
     if x_bias is not None:
         x_bias = tl.load(x_bias + cols, mask=cols < D, other=0.0).to(tl.float32)
-    z = _sum(x, x_bias, residual, offsets, inside, rows, cols, seed, threshold, keep_scale)
+    z = _sum(x, PARTS, T.to(tl.int64) * D, x_bias, residual, offsets, inside, rows, cols, seed, threshold, keep_scale)
     mu, r = row_statistics(z, inside, eps, D)
     w = tl.load(weight + cols, mask=cols < D, other=0.0).to(tl.float32)
     b = tl.load(bias + cols, mask=cols < D, other=0.0).to(tl.float32)
@@ -87,7 +90,7 @@ def _add_layer_norm_bwd_kernel(
         rows = tile * ROWS + tl.arange(0, ROWS)
         inside = (rows < T)[:, None] & (cols < D)
         offsets = rows.to(tl.int64)[:, None] * D + cols
-        z = _sum(x, x_bias, residual, offsets, inside, rows, cols, seed, threshold, keep_scale)
+        z = _sum(x, 1, 0, x_bias, residual, offsets, inside, rows, cols, seed, threshold, keep_scale)
         mu = tl.load(mean + rows, mask=rows < T, other=0.0)
         r = tl.load(rstd + rows, mask=rows < T, other=0.0)
         g = tl.load(dy + offsets, mask=inside, other=0.0).to(tl.float32)
@@ -127,9 +130,24 @@ def add_layer_norm_fwd(
         tile = norm_tile(D, x.dtype)
         _add_layer_norm_fwd_kernel[(triton.cdiv(T, tile.rows),)](
             x, x_bias, residual, weight.contiguous(), bias.contiguous(), y, None, None, mean, rstd, eps,
-            *dropout_args(dropout_p, seed), T, D, tile.rows, tile.cols, **tile.options(),
+            *dropout_args(dropout_p, seed), T, D, 1, tile.rows, tile.cols, dependent(), **tile.options(dependent()),
         )  # fmt: skip
     return y, mean, rstd
+
+
+def add_layer_norm_parts_fwd(
+    parts: Tensor, x_bias: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> Tensor:
+    """y for the sum of (P, T, D) fp32 parts; inference only."""
+    P, T, D = parts.shape
+    y = torch.empty_like(residual)
+    with on_device(parts):
+        tile = norm_parts_tile(D)
+        _add_layer_norm_fwd_kernel[(triton.cdiv(T, tile.rows),)](
+            parts, x_bias, residual, weight.contiguous(), bias.contiguous(), y, None, None, None, None, eps,
+            *dropout_args(0.0, 0), T, D, P, tile.rows, tile.cols, dependent(), **tile.options(dependent()),
+        )  # fmt: skip
+    return y
 
 
 def add_layer_norm_float8_fwd(
@@ -142,7 +160,7 @@ def add_layer_norm_float8_fwd(
         tile = norm_tile(D, x.dtype)
         _add_layer_norm_fwd_kernel[(triton.cdiv(T, tile.rows),)](
             x, None, residual, weight.contiguous(), bias.contiguous(), y, rows.q, rows.scale, None, None, eps,
-            *dropout_args(0.0, 0), T, D, tile.rows, tile.cols, **tile.options(),
+            *dropout_args(0.0, 0), T, D, 1, tile.rows, tile.cols, dependent(), **tile.options(dependent()),
         )  # fmt: skip
     return y, rows
 

@@ -45,6 +45,7 @@ from fastbert.kernels.linear import (
     norm_linear_fwd,
 )
 from fastbert.kernels.pool import pool_bwd, pool_fwd
+from fastbert.kernels.short import linear_add_norm_fwd
 
 ARCHITECTURES = (80, 90)
 OLDEST_FLOAT8 = 89
@@ -104,6 +105,7 @@ def _calls(dtype: torch.dtype, K: int, p: float) -> dict[str, Callable[[], Any]]
     return {
         "linear_gelu_fwd": lambda: linear_gelu_fwd(many, up, b, "none"),
         "linear_gelu_fwd short": lambda: linear_gelu_fwd(x, up, b, "none"),
+        "linear_add_norm_fwd short": lambda: linear_add_norm_fwd(g, down, bias, x, w, w, 1e-12),
         "linear_add_fwd": lambda: linear_add_fwd(inner, down, bias, many),
         "linear_add_fwd short": lambda: linear_add_fwd(g, down, bias, x),
         "linear_rows_fwd": lambda: linear_rows_fwd(inner, down, bias, rows, w, w, 1e-12),

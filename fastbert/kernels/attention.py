@@ -14,12 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert.kernels.common import dropout_args, dropout_keep, on_device
+from fastbert.kernels.common import begin, dropout_args, dropout_keep, on_device
 from fastbert.kernels.configs import (
     attention_dkv_tile,
     attention_dq_tile,
     attention_fwd_tile,
     check_head_size,
+    dependent,
 )
 from fastbert.kernels.ranges import cut_ranges, token_ranges
 
@@ -115,11 +116,12 @@ def _attend(
 @triton.jit(do_not_specialize=["seed", "threshold", "T"])
 def _attention_fwd_kernel(
     qkv, rel_bias, ranges, origins, out, lse, scale, seed, threshold, keep_scale, T, R,
-    H: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head, all their keys by online softmax, those that need no mask first.
     Memory: reads q once, k and v of its sequences once (again in L2 for the next tile), writes out and one fp32 number
     a row."""
+    begin(PDL)
     head = tl.program_id(1)
     first_query = tl.program_id(0) * BLOCK_M
     queries = first_query + tl.arange(0, BLOCK_M)
@@ -314,7 +316,7 @@ def _forward(
         tile = attention_fwd_tile(K, qkv.dtype, rel_bias is not None)
         _attention_fwd_kernel[(triton.cdiv(T, tile.rows), H)](
             qkv, rel_bias, *_ranges(cu_seqlens, T, window), out, lse, scale, *dropout_args(dropout_p, seed), T, R,
-            H, K, tile.rows, tile.cols, **tile.options(),
+            H, K, tile.rows, tile.cols, dependent(), **tile.options(dependent()),
         )  # fmt: skip
     return out, lse
 

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
@@ -21,6 +22,15 @@ def dropout_keep(seed, threshold, rows, cols):
     """Keep mask of positions `rows` and `cols`, of shapes that broadcast; integers of any width, taken modulo 2^32."""
     key = hash32(seed.to(tl.uint32))
     return hash32(hash32(rows.to(tl.uint32) ^ key) + cols.to(tl.uint32)) >= threshold.to(tl.uint32)
+
+
+@triton.jit
+def begin(PDL: tl.constexpr):
+    """Before a kernel touches what the one ahead of it wrote. With PDL (programmatic dependent launch) it came while
+    that one still ran, and lets the next one come."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
 
 
 def _wrap32(x: int) -> int:

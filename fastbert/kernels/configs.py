@@ -22,6 +22,11 @@ def architecture() -> int:
     return 90 if interpreted() else triton.runtime.driver.active.get_current_target().arch
 
 
+def dependent() -> bool:
+    """Whether kernels are launched while the one before still runs, and wait for it themselves: from sm_90 on."""
+    return architecture() >= 90 and not interpreted()
+
+
 def norm_tile(num_features: int, dtype: torch.dtype) -> Tile:
     """Rows of layer norm and embedding: a row is never cut, and short rows share a program."""
     return chosen("norm_fwd", dtype, num_features, _row_tile(num_features))
@@ -32,6 +37,11 @@ def _row_tile(num_features: int) -> Tile:
         raise ValueError(f"a row has {num_features} features but the kernels take at most {MAX_FEATURES}")
     cols = max(16, triton.next_power_of_2(num_features))
     return Tile(max(1, 2048 // cols), cols, 4 if cols <= 4096 else 16)
+
+
+def norm_parts_tile(num_features: int) -> Tile:
+    """Of few rows: a program each."""
+    return _row_tile(num_features)._replace(rows=1)
 
 
 def norm_bwd_tile(num_features: int, dtype: torch.dtype) -> Tile:
@@ -108,12 +118,18 @@ def check_head_size(qkv: Tensor) -> None:
         raise ValueError(f"the triton attention takes head sizes 1 to {MAX_HEAD_SIZE}, got {qkv.shape[3]}")
 
 
+SHORT = 256  # rows up to which `kernels/short.py` computes linear layers
+
 # Linear layers (linear, linear_gelu, linear_add, norm_linear) that beat the vendor's GEMM and the kernel after it, for
 # how many rows, by architecture. `python -m benchmarks.gpu` measures them; until it has, none is used there. On 90
 # (H200, Triton 3.6, 2026-11-27): linear_gelu takes 0.8 of the time at T = 128 and 0.93 at T = 16384, but 1.1 at 2048,
 # where its tiles fill one wave and a half; linear 0.96 at 16384, and the vendor's needs a memset before it.
 EPILOGUES: dict[int, dict[str, tuple[range, ...]]] = {
-    90: {"linear_gelu": (range(1025), range(4096, 1 << 31)), "linear": (range(16384, 1 << 31),)}
+    90: {
+        "linear_gelu": (range(1025), range(4096, 1 << 31)),
+        "linear": (range(SHORT + 1), range(16384, 1 << 31)),
+        "linear_add_norm": (range(SHORT + 1),),
+    }
 }
 
 
@@ -133,6 +149,23 @@ def linear_tile(num_rows: int, num_cols: int, dtype: torch.dtype) -> Tile:
     else:
         tile = Tile(128, 128, 4, 3, depth=depth) if architecture() >= 90 else Tile(128, 128, 8, 3, depth=depth // 2)
     return chosen("linear", dtype, num_cols, tile)
+
+
+def short_tile(num_rows: int, num_cols: int, dtype: torch.dtype) -> Tile:
+    """Rows by columns of y, and the depth of a step; narrow where there are fewer tiles than multiprocessors."""
+    if dtype == torch.float32:
+        return Tile(32, 32, 4, 2, depth=32)
+    few = triton.cdiv(num_rows, 64) * triton.cdiv(num_cols, 32) < num_partials() // 4
+    return chosen("linear_short", dtype, num_cols, Tile(64, 16 if few else 32, 4, 4, depth=128))
+
+
+def short_parts(num_rows: int, num_cols: int, depth: int, dtype: torch.dtype) -> int:
+    """Into how many chunks a product is cut along its depth: two programs for each multiprocessor, chunks of equal
+    numbers of steps."""
+    tile = short_tile(num_rows, num_cols, dtype)
+    steps = triton.cdiv(depth, tile.depth)
+    most = linear_programs() // (triton.cdiv(num_rows, tile.rows) * triton.cdiv(num_cols, tile.cols))
+    return max(n for n in range(1, max(1, min(steps, most)) + 1) if steps % n == 0)
 
 
 def linear_programs() -> int:

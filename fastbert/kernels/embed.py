@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbert.kernels.add_layer_norm import layer_norm_grad, row_statistics
-from fastbert.kernels.common import dropout_args, dropout_keep, on_device
-from fastbert.kernels.configs import norm_bwd_tile, norm_tile, num_partials
+from fastbert.kernels.common import begin, dropout_args, dropout_keep, on_device
+from fastbert.kernels.configs import dependent, norm_bwd_tile, norm_tile, num_partials
 
 
 @triton.jit
@@ -34,9 +34,10 @@ def _sum(
 @triton.jit(do_not_specialize=["seed", "threshold", "T"])
 def _embed_fwd_kernel(
     input_ids, position_ids, type_ids, word, position, token_type, weight, bias, y, mean, rstd, eps,
-    seed, threshold, keep_scale, T, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    seed, threshold, keep_scale, T, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: a few whole tokens. Memory: reads three ids and three table rows a token, writes y."""
+    begin(PDL)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, COLS)
     inside = (rows < T)[:, None] & (cols < D)
@@ -106,8 +107,9 @@ def embed_fwd(
     with on_device(word):
         tile = norm_tile(D, word.dtype)
         _embed_fwd_kernel[(triton.cdiv(T, tile.rows),)](
-            *inputs, y, mean, rstd, eps, *dropout_args(dropout_p, seed), T, D, tile.rows, tile.cols, **tile.options()
-        )
+            *inputs, y, mean, rstd, eps, *dropout_args(dropout_p, seed), T, D, tile.rows, tile.cols, dependent(),
+            **tile.options(dependent()),
+        )  # fmt: skip
     return y, mean, rstd
 
 

@@ -17,9 +17,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastbert.kernels.common import on_device
-from fastbert.kernels.configs import linear_programs, linear_tile
+from fastbert.kernels.configs import SHORT, linear_programs, linear_tile
 from fastbert.kernels.float8 import Float8Rows, float8_of, quantize_rows_fwd
 from fastbert.kernels.gelu import gelu_of
+from fastbert.kernels.short import short_linear_fwd
 
 
 class Rows(NamedTuple):
@@ -188,12 +189,17 @@ def _launch(
 
 def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """See `fastbert.ops.linear`."""
+    if x.shape[0] <= SHORT:
+        return short_linear_fwd(x, weight, bias, "")
     return _launch(x, weight, bias, None, "", x.dtype)[0]
 
 
 def linear_gelu_fwd(x: Tensor, weight: Tensor, bias: Tensor, approximate: str) -> Tensor:
     """See `fastbert.ops.linear`."""
-    return _launch(x, weight, bias, None, "tanh" if approximate == "tanh" else "erf", x.dtype)[0]
+    form = "tanh" if approximate == "tanh" else "erf"
+    if x.shape[0] <= SHORT:
+        return short_linear_fwd(x, weight, bias, form)
+    return _launch(x, weight, bias, None, form, x.dtype)[0]
 
 
 def linear_add_fwd(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert.kernels.common import on_device
-from fastbert.kernels.configs import POOL_TILE
+from fastbert.kernels.common import begin, on_device
+from fastbert.kernels.configs import POOL_TILE, dependent
 
 _NO_ROW = tl.constexpr(2**31 - 1)
 
@@ -32,9 +32,11 @@ def _segment(cu_seqlens, MODE: tl.constexpr):
 
 @triton.jit
 def _pool_sum_fwd_kernel(
-    hidden, cu_seqlens, out, D: tl.constexpr, MODE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
-):
+    hidden, cu_seqlens, out, D: tl.constexpr, MODE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
     """One program: a block of features of one sequence. Memory: reads its tokens once, writes one row."""
+    begin(PDL)
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
     first, end, divisor = _segment(cu_seqlens, MODE)
     total = tl.zeros((ROWS, COLS), tl.float32)
@@ -114,7 +116,10 @@ def pool_fwd(hidden: Tensor, cu_seqlens: Tensor, mode: str) -> tuple[Tensor, Ten
                 hidden, cu_seqlens.contiguous(), out, argmax, D, rows, cols, **POOL_TILE.options()
             )
         else:
-            _pool_sum_fwd_kernel[grid](hidden, cu_seqlens.contiguous(), out, D, mode, rows, cols, **POOL_TILE.options())
+            _pool_sum_fwd_kernel[grid](
+                hidden, cu_seqlens.contiguous(), out, D, mode, rows, cols, dependent(),
+                **POOL_TILE.options(dependent()),
+            )  # fmt: skip
     return out, argmax
 
 

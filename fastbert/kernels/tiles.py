@@ -30,10 +30,11 @@ class Tile(NamedTuple):
     max_registers: int | None = None
     depth: int = 0
 
-    def options(self) -> dict[str, int | None]:
-        """Keyword arguments of the launch. Multiply-adds are fused, whatever the default of this Triton."""
+    def options(self, dependent: bool = False) -> dict[str, int | None]:
+        """Keyword arguments of the launch. Multiply-adds are fused, whatever the default of this Triton. A `dependent`
+        kernel begins while the one before still runs, and waits for it by itself."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
-        return options | {"maxnreg": self.max_registers}
+        return options | {"maxnreg": self.max_registers} | ({"launch_pdl": True} if dependent else {})
 
 
 def gpu_name() -> str:
