@@ -179,7 +179,8 @@ def test_vectors_of_a_graph_are_those_of_its_hidden_states(mode, unit, poisoned_
         torch.testing.assert_close(vectors, right, rtol=0, atol=1e-6)
         with pytest.raises(AssertionError):  # another pooling
             torch.testing.assert_close(engine.run(batch, pooling="lasttoken", unit=unit), right, rtol=0, atol=1e-6)
-    assert engine.has_captured(batch, (mode, unit)) and not engine.has_captured(batch, (mode, not unit))
+    assert engine.has_captured(batch, (mode, unit))
+    assert not engine.has_captured(batch, (mode, not unit))
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, [0], [64], [1] * 64, [1] * 70], ids=str)

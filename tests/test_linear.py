@@ -73,13 +73,16 @@ def test_a_product_whose_sums_the_norm_adds_up_is_within_budget(shape, dtype, po
     i = _inputs(shape, dtype)
     norm = _inputs((1, shape[2], 1), dtype, seed=1)
     rest = (norm["gamma"], norm["beta"], 1e-5)
-    same, exact = linear_add_norm_ref(*_linear(i), i["residual"], *rest), linear_add_norm_ref(*_linear(_wide(i)), _wide(i)["residual"], *(_wide(norm)[k] for k in ("gamma", "beta")), 1e-5)
+    wide = _wide(norm)
+    same = linear_add_norm_ref(*_linear(i), i["residual"], *rest)
+    exact = linear_add_norm_ref(*_linear(_wide(i)), _wide(i)["residual"], wide["gamma"], wide["beta"], 1e-5)
     for programs in (2, 1000):  # one chunk, as many as there are steps
         monkeypatch.setattr(configs, "linear_programs", lambda n=programs: n)
         ours = kernels.linear_add_norm_fwd(*_linear(i), i["residual"], *rest)
         assert_within_budget(ours, same, exact)
+    wrong = kernels.linear_add_norm_fwd(i["x"], i["weight"], 0 * i["bias"], i["residual"], *rest)
     with pytest.raises(AssertionError, match="budget"):  # the bias is forgotten
-        assert_within_budget(kernels.linear_add_norm_fwd(*_linear(i | {"bias": 0 * i["bias"]}), i["residual"], *rest), same, exact)
+        assert_within_budget(wrong, same, exact)
 
 
 @on_kernels
@@ -282,6 +285,8 @@ def test_where_the_linear_kernels_are_used(monkeypatch):
     assert kernels.supports("linear_gelu", "cuda", torch.bfloat16)
     assert not kernels.supports("linear_gelu", "cuda", torch.float32)
     assert not kernels.supports("norm_linear", "cuda", torch.bfloat16)
-    assert [kernels.pays("linear_gelu", T) for T in (1, 1024, 2048, 4096)] == [True, True, False, True]
-    assert [kernels.pays("linear", T) for T in (256, 257, 8192, 16384)] == [True, False, False, True]
-    assert [kernels.pays("linear_add_norm", T) for T in (1, 256, 257)] == [True, True, False]
+    base, small = (3072, 768), (384, 1536)
+    assert [kernels.pays("linear_gelu", T, base) for T in (1, 1024, 2048, 4096)] == [True, True, False, True]
+    assert [kernels.pays("linear", T, base) for T in (192, 193, 8192, 16384)] == [True, False, False, True]
+    assert [kernels.pays("linear_add_norm", T, small) for T in (1, 384, 385, 16384)] == [True, True, False, False]
+    assert not kernels.pays("linear_add", 1, base)

@@ -45,7 +45,7 @@ def test_the_fastest_tile_is_kept_for_this_gpu_alone(cache, monkeypatch):
     fast = configs.candidates("attention_dkv", configs.attention_dkv_tile(16, HALF, False))[-1]
     found = {t.kernel: t for t in tune.tune(_clock("attention_dkv", fast, 0.5), **SMALL)}
     assert set(found) == {
-        "attention_fwd", "attention_dq", "attention_dkv", "norm_fwd", "norm_bwd", "gelu", "linear_short", "linear",
+        "attention_fwd", "attention_dq", "attention_dkv", "norm_fwd", "norm_bwd", "gelu", "short", "linear",
     }  # fmt: skip
     assert found.pop("attention_dkv").best == fast
     assert all(t.best == t.static for t in found.values())

@@ -104,31 +104,37 @@ class Tiles {
   TileConfig before_;
 };
 
-// Tiles 0 to 3 are the quarters of 32 rows and 32 columns of sums.
-#define ZERO_SUMS() \
-  TILE_ZERO(0);     \
-  TILE_ZERO(1);     \
-  TILE_ZERO(2);     \
-  TILE_ZERO(3)
-#define STORE_SUMS(p)                                                                \
-  TILE_STORE(0, static_cast<char*>(p), 2 * kTileBytes);                              \
-  TILE_STORE(1, static_cast<char*>(p) + kTileBytes, 2 * kTileBytes);                 \
-  TILE_STORE(2, static_cast<char*>(p) + 2 * kTileHeight * kTileBytes, 2 * kTileBytes); \
-  TILE_STORE(3, static_cast<char*>(p) + (2 * kTileHeight + 1) * kTileBytes, 2 * kTileBytes)
+// Tiles 0 to 3 are the quarters of 32 rows and 32 columns of sums, or of their left half: f(tile, rows below, bytes right).
+#define EACH_SUM(f, NV)                   \
+  f(0, 0, 0);                             \
+  if (NV > 1) f(1, 0, kTileBytes);        \
+  if (high) {                             \
+    f(2, kTileHeight, 0);                 \
+    if (NV > 1) f(3, kTileHeight, kTileBytes); \
+  }
+#define ZERO_SUM(t, row, at) TILE_ZERO(t)
+#define LOAD_SUM(t, row, at) TILE_LOAD(t, reinterpret_cast<const char*>(add) + (row) * ld_add + (at), ld_add)
+#define STORE_SUM(t, row, at) TILE_STORE(t, reinterpret_cast<char*>(c) + (row) * ldc + (at), ldc)
 
-// sums (32, 32) = A B: `steps` times 64 bytes of A's rows, `lda` bytes apart, and 16 rows of the panel, 128 bytes each.
-// Rows of A are read in blocks of 16, whole ones; NV is 1 where only the left half of the columns is wanted.
-template <int NV, bool kBytes>
-INLINE void amx_products(int64_t rows, int64_t steps, const char* a, int64_t lda, const char* b, void* sums) {
+// C = add + A B, of 16 or 32 rows: `steps` times 64 bytes of A's rows, `lda` bytes apart, and 16 rows of the panel, 128
+// bytes each. Rows of A, add and C come in blocks of 16, whole ones; add is null, or one row for all where ld_add is 0;
+// NV is 1 where only the left half of the columns is wanted. beside(step) is done while tiles multiply.
+template <int NV, bool kBytes, class Beside>
+INLINE void amx_products(int64_t rows, int64_t steps, const char* a, int64_t lda, const char* b, const void* add,
+                         int64_t ld_add, void* c, int64_t ldc, Beside beside) {
   constexpr int64_t kRow = 2 * kTileBytes;
   const bool high = rows > kTileHeight;
-  escape(a);
 #define TILE_DOT(c, x, y)      \
   if constexpr (kBytes)        \
     TILE_DOT_BYTES(c, x, y);   \
   else                         \
     TILE_DOT_BF16(c, x, y)
-  ZERO_SUMS();
+  escape(a);
+  if (add) {
+    EACH_SUM(LOAD_SUM, NV)
+  } else {
+    EACH_SUM(ZERO_SUM, NV)
+  }
   for (int64_t i = 0; i < steps; ++i, a += kTileBytes, b += kTileHeight * kRow) {
     TILE_LOAD(4, a, lda);
     TILE_LOAD(6, b, kRow);
@@ -144,15 +150,16 @@ INLINE void amx_products(int64_t rows, int64_t steps, const char* a, int64_t lda
         TILE_DOT(3, 5, 7);
       }
     }
+    beside(i);
   }
 #undef TILE_DOT
-  STORE_SUMS(sums);
+  EACH_SUM(STORE_SUM, NV)
 }
 
-// The same of split operands with 32 columns: at each step the highs of 32 inputs, then their lows. What two lows would
+// The same of split operands, without an addend: at each step the highs of 32 inputs, then their lows. What two lows would
 // add is no more than what rounding to lows has lost.
-INLINE void amx_split_products(int64_t rows, int64_t steps, const char* a, int64_t lda, const char* b, void* sums) {
-  constexpr int64_t kRow = 2 * kTileBytes, kHalf = kTileHeight * kRow;
+INLINE void amx_split_products(int64_t rows, int64_t steps, const char* a, int64_t lda, const char* b, void* c) {
+  constexpr int64_t kRow = 2 * kTileBytes, kHalf = kTileHeight * kRow, ldc = kRow;
   const bool high = rows > kTileHeight;
   escape(a);
 #define LOAD_A(p)                              \
@@ -170,7 +177,7 @@ INLINE void amx_split_products(int64_t rows, int64_t steps, const char* a, int64
     TILE_DOT_BF16(2, 5, 6); \
     TILE_DOT_BF16(3, 5, 7); \
   }
-  ZERO_SUMS();
+  EACH_SUM(ZERO_SUM, 2)
   for (int64_t i = 0; i < steps; ++i, a += 2 * kTileBytes, b += 2 * kHalf) {
     LOAD_B(b);
     LOAD_A(a + kTileBytes);
@@ -183,10 +190,12 @@ INLINE void amx_split_products(int64_t rows, int64_t steps, const char* a, int64
 #undef MULTIPLY
 #undef LOAD_B
 #undef LOAD_A
-  STORE_SUMS(sums);
+  EACH_SUM(STORE_SUM, 2)
 }
-#undef ZERO_SUMS
-#undef STORE_SUMS
+#undef EACH_SUM
+#undef ZERO_SUM
+#undef LOAD_SUM
+#undef STORE_SUM
 
 }  // namespace
 }  // namespace fastbert::FASTBERT_ISA

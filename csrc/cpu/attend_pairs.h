@@ -1,7 +1,7 @@
 // Attention of one head of one sequence inside the encoder, with products of bf16; softmax and all sums are fp32.
 //
-// Both products are the panel tile of gemm.h with 32 queries side by side: scores (key, query) = K Q^T, out (k, query) =
-// V^T P. Maximum and sum of a softmax need no steps across lanes.
+// Both products are the panel tile of gemm.h, of rows of queries: scores = Q K^T, out = P V. Only keys are transposed, two
+// features at a time; values lie in panels by interleaving their rows.
 #pragma once
 #include "cpu/attend.h"
 
@@ -25,111 +25,119 @@ INLINE void store_pairs(bf16* to, vf low, vf high) {
   _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(kPlaces), halves));
 }
 
-// What one head of a sequence needs: its keys and transposed values as a product reads them, and room for 32 queries.
-struct PairScratch {
-  int64_t ldk, ldv, size_rows, size_block;
-  bf16 *keys, *values, *queries, *p;
-  float *scores, *wide;
+// Queries at a time: whole tiles.
+constexpr int kQueries = kColumns / kRows<bf16> * kRows<bf16>;
 
-  PairScratch(int64_t length, int64_t K) : ldk(round_up(K, kColumns)), ldv(round_up(length, kColumns)) {
-    size_rows = round_up(length, kRows<bf16>) * ldk;
-    size_block = round_up(K, kRows<bf16>) * ldv;
-  }
+// What one head of a sequence needs: its keys and values in panels, and room for some queries.
+struct PairScratch {
+  int64_t ldk, ldv;
+  bf16 *keys, *values, *queries, *p;
+  float *scores, *result, *bias;
+
+  PairScratch(int64_t length, int64_t K) : ldk(round_up(K, kColumns)), ldv(round_up(length, kColumns)) {}
   // In floats.
-  int64_t size() const { return (size_rows + size_block + (ldk + ldv) * kColumns) / 2 + (larger() + ldk) * kColumns; }
+  int64_t size() const { return ldk * ldv + (ldk + ldv) * kQueries * 3 / 2 + 2 * ldv + kColumns; }
   void place(float* memory) {
     keys = reinterpret_cast<bf16*>(memory);
-    values = keys + size_rows;
-    queries = values + size_block;
-    p = queries + ldk * kColumns;
-    scores = reinterpret_cast<float*>(p + ldv * kColumns);
-    wide = scores + larger() * kColumns;
+    values = keys + ldk * ldv;
+    queries = values + ldk * ldv;
+    p = queries + ldk * kQueries;
+    scores = reinterpret_cast<float*>(p + ldv * kQueries);
+    result = scores + ldv * kQueries;
+    bias = result + ldk * kQueries;
   }
-
- private:
-  int64_t larger() const { return ldk > ldv ? ldk : ldv; }
 };
 
-// kColumns queries at most, NV * W of them real.
-template <int NV, class T>
-INLINE void attend_pairs_block(const float* q, int64_t ld, int64_t count, int64_t length, int64_t K, float scale,
-                               const float* bias, const PairScratch& at, T* out, int64_t ldo) {
-  transpose(q, ld, count, K, at.wide, kColumns);
-  for (int64_t k = 0; k < at.ldk; k += 2)
-    for (int i = 0; i < NV * W; i += W)
-      store_pairs(at.queries + k * kColumns + 2 * i, k < K ? load(at.wide + k * kColumns + i) : vf{},
-                  k + 1 < K ? load(at.wide + (k + 1) * kColumns + i) : vf{});
-  each_tile<bf16>(length, [&](int64_t j, int64_t rows) LAMBDA {
-    panel_tile<NV>(rows, K, at.keys + j * at.ldk, at.ldk, at.queries, nullptr, 0, at.scores + j * kColumns, kColumns);
-  });
-  vf inverse[NV];
-  for (int v = 0; v < NV; ++v) {
-    float* column = at.scores + v * W;
-    vf top = splat(-__builtin_inff()), total{};
-    if (bias)
-      for (int64_t j = 0; j < length; ++j) {
-        const vf score = load(column + j * kColumns) * scale + load(bias + v * W - j);
-        store(column + j * kColumns, score);
-        top = max(score, top);
-      }
-    else
-      for (int64_t j = 0; j < length; ++j) top = max(load(column + j * kColumns), top);
-    const float factor = (bias ? 1.f : scale) * 1.44269504f;
-    const vf shift = top * factor;
-    const auto weight = [&](int64_t j) LAMBDA {
-      const vf w = j < length ? exp2_coarse(load(column + j * kColumns) * factor - shift) : vf{};
-      total += w;
-      return w;
-    };
-    for (int64_t j = 0; j < at.ldv; j += 2) {
-      const vf low = weight(j);
-      store_pairs(at.p + j * kColumns + 2 * v * W, low, weight(j + 1));
-    }
-    inverse[v] = 1.f / total;
-  }
-  each_tile<bf16>(K, [&](int64_t k, int64_t rows) LAMBDA {
-    panel_tile<NV>(rows, length, at.values + k * at.ldv, at.ldv, at.p, nullptr, 0, at.wide + k * kColumns, kColumns);
-  });
-  for (int64_t k = 0; k < K; ++k)
-    for (int v = 0; v < NV; ++v) {
-      float* sum = at.wide + k * kColumns + v * W;
-      store(sum, load(sum) * inverse[v]);
-    }
-  float* result = at.scores;  // which are spent
-  transpose(at.wide, kColumns, K, NV * W, result, at.ldk);
-  for (int64_t i = 0; i < count; ++i)
-    each_vector(K, [&](int64_t k, int n) LAMBDA { store(out + i * ldo + k, load(result + i * at.ldk + k, n), n); });
+// The first n of W floats at p, for any n.
+INLINE vf load_some(const float* p, int64_t n) { return n >= W ? load(p) : n > 0 ? first(load(p), static_cast<int>(n)) : vf{}; }
+
+// The first n of 32 floats at p, as bf16.
+INLINE __m512i narrow_row(const float* p, int64_t n) {
+  return (__m512i)_mm512_cvtne2ps_pbh((__m512)load_some(p + W, n - W), (__m512)load_some(p, n));
 }
 
-inline int64_t attend_pairs_scratch(int64_t length, int64_t K) {
-  return PairScratch(length, K).size() + round_up(2 * length + kColumns, W);
+// C = A B of `columns` columns in panels of `depth` by 32: the last one may be half empty.
+INLINE void multiply_panels(int64_t rows, int64_t depth, const bf16* a, int64_t lda, const bf16* panels,
+                            int64_t panel_depth, int64_t columns, float* c, int64_t ldc) {
+  each_tile<bf16>(rows, [&](int64_t r, int64_t n) LAMBDA {
+    for (int64_t i = 0; i < columns; i += kColumns) {
+      if (columns - i > W)
+        panel_tile<2>(n, depth, a + r * lda, lda, panels + i * panel_depth, nullptr, 0, c + r * ldc + i, ldc);
+      else
+        panel_tile<1>(n, depth, a + r * lda, lda, panels + i * panel_depth, nullptr, 0, c + r * ldc + i, ldc);
+    }
+  });
 }
+
+// p = 2^(factor s - their maximum) of one row of scores, zeros past its end; what they sum up to.
+INLINE float soften(float* s, int64_t length, int64_t padded, float scale, const float* bias, bf16* p) {
+  vf top = splat(-__builtin_inff());
+  for (int64_t j = 0; j < length; j += W) {
+    vf score = load(s + j);
+    if (bias) store(s + j, score = score * scale + load(bias + j));
+    if (length - j < W) score = lanes() < splat(static_cast<uint32_t>(length - j)) ? score : top;
+    top = max(score, top);
+  }
+  const float factor = (bias ? 1.f : scale) * 1.44269504f;
+  const vf shift = splat(_mm512_reduce_max_ps((__m512)top) * factor);
+  vf total{};
+  const auto weight = [&](int64_t j) LAMBDA {
+    if (j >= length) return vf{};
+    const vf w = exp2_coarse(load(s + j) * factor - shift);
+    return length - j < W ? first(w, static_cast<int>(length - j)) : w;
+  };
+  for (int64_t j = 0; j < padded; j += 2 * W) {
+    const vf low = weight(j), high = weight(j + W);
+    total += low + high;
+    _mm512_storeu_si512(p + j, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+  }
+  return sum(total);
+}
+
+inline int64_t attend_pairs_scratch(int64_t length, int64_t K) { return PairScratch(length, K).size(); }
 
 // As `attend`.
 template <class T>
 INLINE void attend_pairs(const float* q, const float* k, const float* v, int64_t ld, int64_t length, int64_t K,
                          const float* rel_bias, int64_t max_offset, float* scratch, T* out, int64_t ldo) {
-  const float* bias = rel_bias ? bias_by_offset(rel_bias, max_offset, length, &scratch) : nullptr;
   PairScratch at(length, K);
   at.place(scratch);
-  for (int64_t j = 0; j < length; ++j)
-    for (int64_t i = 0; i < at.ldk; i += W) {
-      const int64_t left = K - i;
-      store(at.keys + j * at.ldk + i, left >= W ? load(k + j * ld + i) : left > 0 ? first(load(k + j * ld + i), left) : vf{});
+  if (rel_bias)  // of key - query from 1 - length on
+    for (int64_t t = 0; t < 2 * at.ldv + kColumns; ++t) {
+      const int64_t offset = t - (length - 1);
+      at.bias[t] = rel_bias[(offset < -max_offset ? -max_offset : offset > max_offset ? max_offset : offset) + max_offset];
     }
-  for (int64_t j = 0; j < length; j += kColumns) {
-    transpose(v + j * ld, ld, length - j < kColumns ? length - j : kColumns, K, at.wide, kColumns);
-    for (int64_t i = 0; i < K; ++i)
-      for (int64_t c = 0; c < kColumns; c += W) store(at.values + i * at.ldv + j + c, load(at.wide + i * kColumns + c));
-  }
+  for (int64_t j = 0; j < length; j += W)
+    for (int64_t i = 0; i < at.ldk; i += kColumns) {
+      __m512 rows[W];
+      for (int r = 0; r < W; ++r)
+        rows[r] = j + r < length ? (__m512)narrow_row(k + (j + r) * ld + i, K - i) : _mm512_setzero_ps();
+      transpose(rows);
+      bf16* panel = at.keys + j / kColumns * kColumns * at.ldk + i * kColumns + 2 * (j % kColumns);
+      for (int r = 0; r < W; ++r) _mm512_storeu_ps(panel + r * 2 * kColumns, rows[r]);
+    }
+  for (int64_t j = 0; j < at.ldv; j += 2)
+    for (int64_t i = 0; i < at.ldk; i += W)
+      store_pairs(at.values + i / kColumns * kColumns * at.ldv + j * kColumns + 2 * (i % kColumns),
+                  j < length ? load_some(v + j * ld + i, K - i) : vf{},
+                  j + 1 < length ? load_some(v + (j + 1) * ld + i, K - i) : vf{});
   const float scale = 1.f / __builtin_sqrtf(static_cast<float>(K));
-  for (int64_t i = 0; i < length; i += kColumns) {
-    const int64_t count = length - i < kColumns ? length - i : kColumns;
-    const float* here = bias ? bias + i : nullptr;
-    if (count > W)
-      attend_pairs_block<2>(q + i * ld, ld, count, length, K, scale, here, at, out + i * ldo, ldo);
-    else
-      attend_pairs_block<1>(q + i * ld, ld, count, length, K, scale, here, at, out + i * ldo, ldo);
+  for (int64_t i = 0; i < length; i += kQueries) {
+    const int64_t count = length - i < kQueries ? length - i : kQueries;
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t c = 0; c < at.ldk; c += kColumns)
+        _mm512_storeu_si512(at.queries + r * at.ldk + c, narrow_row(q + (i + r) * ld + c, K - c));
+    multiply_panels(count, K, at.queries, at.ldk, at.keys, at.ldk, length, at.scores, at.ldv);
+    float totals[kQueries];
+    for (int64_t r = 0; r < count; ++r) {
+      const float* bias = rel_bias ? at.bias + length - 1 - (i + r) : nullptr;
+      totals[r] = soften(at.scores + r * at.ldv, length, at.ldv, scale, bias, at.p + r * at.ldv);
+    }
+    multiply_panels(count, length, at.p, at.ldv, at.values, at.ldv, K, at.result, at.ldk);
+    for (int64_t r = 0; r < count; ++r)
+      each_vector(K, [&](int64_t c, int n) LAMBDA {
+        store(out + (i + r) * ldo + c, load(at.result + r * at.ldk + c, n) * (1.f / totals[r]), n);
+      });
   }
 }
 

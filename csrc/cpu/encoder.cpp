@@ -53,15 +53,15 @@ struct Arrays {
   Arrays(const EncoderWeights<T>& e, int64_t rows, int64_t max_seqlen, int workers) {
     const int64_t widest = e.E > e.D ? e.E : e.D, width = workers > 1 ? e.F : e.F < kDepth ? e.F : kDepth;
     block = workers > 1 || rows < kBlock ? rows : kBlock;
-    const int64_t read = round_up(rows, kRows<T>), read_block = round_up(block, kRows<T>);  // by the last tile
+    const int64_t read = round_up(rows, kRows<T>), read_block = round_up(block, kRows<T>);  // and written by the last tile
     ldx = stride<Stored<T>>(widest);
     ldc = stride<float>(widest);
     ldi = stride<Stored<T>>(width);
     ldq = stride<float>(3 * round_up(e.group * e.K, kColumns));
     size_x = round_up(read * ldx * sizeof(Stored<T>), 64);
     size_inner = round_up(read_block * ldi * sizeof(Stored<T>), 64);
-    size_sums = round_up(block * ldc * sizeof(float), 64);
-    size_qkv = round_up((rows * ldq + W) * sizeof(float), 64);
+    size_sums = round_up(read_block * ldc * sizeof(float), 64);
+    size_qkv = round_up((read * ldq + W) * sizeof(float), 64);
     shared_bytes = 2 * size_x + size_inner + size_sums;
     outer_operands = Operands<T>(read, widest);
     inner_operands = Operands<T>(read_block, width);
@@ -170,16 +170,55 @@ struct Worker {
     });
   }
 
-  // One panel of columns for all rows of a block, through an activation.
+  // C = bias or C, + A W of panel p over depth blocks [first, last), for n of `rows` rows, from r on. Where that can be
+  // done beside, the panel after is brought to L2, a part with each tile and each step; and beside(step).
+  template <class Beside>
+  INLINE void product(const Linear<T>& w, int64_t p, int64_t first, int64_t last, int64_t r, int64_t n, int64_t rows,
+                      Rows<T> a, float* c, int64_t ldc, Beside beside) const {
+    if constexpr (kBeside<T>) {
+      constexpr int64_t kLine = 64, kLines = kDepthStep<T> * kColumns * sizeof(T) / kLine;  // of a step
+      const int64_t tiles = (rows + kRows<T> - 1) / kRows<T>, share = (kLines + tiles - 1) / tiles;
+      const char* next = reinterpret_cast<const char*>(panel_of(w, first, p + 1)) + r / kRows<T> * share * kLine;
+      multiply(w, p, first, last, n, a.from(r), c, ldc, [&](int64_t step) LAMBDA {
+        for (int64_t i = 0; i < share; ++i) __builtin_prefetch(next + (step * kLines + i) * kLine, 0, 2);
+        beside(step);
+      });
+    } else {
+      multiply(w, p, first, last, n, a.from(r), c, ldc);
+    }
+  }
+  INLINE void product(const Linear<T>& w, int64_t p, int64_t first, int64_t last, int64_t r, int64_t n, int64_t rows,
+                      Rows<T> a, float* c, int64_t ldc) const {
+    product(w, p, first, last, r, n, rows, a, c, ldc, [](int64_t) LAMBDA {});
+  }
+
+  // One panel of columns for all rows of a block, through an activation; where that can be done beside, while the tile
+  // after is multiplied.
   template <class Form>
   INLINE void activate(const Linear<T>& w, int64_t p, int64_t count, Rows<T> a, S* to, int64_t ldo) const {
-    each_tile<T>(count, [&](int64_t r, int64_t n) LAMBDA {
-      alignas(64) float c[kRows<T> * kColumns];
-      multiply(w, p, 0, num_blocks(w.in), n, a.from(r), c, kColumns);
-      for (int64_t i = 0; i < n; ++i)
+    alignas(64) float c[kBeside<T> ? 2 : 1][kRows<T> * kColumns];
+    const auto finish = [&](const float* sums, int64_t r, int64_t from, int64_t until) LAMBDA {
+      for (int64_t i = from; i < until; ++i)
         for (int64_t j = 0; j < kColumns; j += W)
-          store(to + (r + i) * ldo + j, Form::value(load(c + i * kColumns + j)));
+          store(to + (r + i) * ldo + j, Form::value(load(sums + i * kColumns + j)));
+    };
+    int64_t turn = 0, waiting = 0;  // rows of the tile before
+    each_tile<T>(count, [&](int64_t r, int64_t n) LAMBDA {
+      if constexpr (kBeside<T>) {
+        const int64_t steps = (w.in + kDepthStep<T> - 1) / kDepthStep<T>, some = (waiting + steps - 1) / steps;
+        const float* before = c[1 - turn];
+        product(w, p, 0, num_blocks(w.in), r, n, count, a, c[turn], kColumns, [&](int64_t step) LAMBDA {
+          const int64_t from = step * some, until = from + some;
+          finish(before, r - kRows<T>, from, until < waiting ? until : waiting);
+        });
+        turn = 1 - turn;
+        waiting = n;
+      } else {
+        product(w, p, 0, num_blocks(w.in), r, n, count, a, c[0], kColumns);
+        finish(c[0], r, 0, n);
+      }
     });
+    if constexpr (kBeside<T>) finish(c[1 - turn], (count - 1) / kRows<T> * kRows<T>, 0, waiting);
   }
 
   void activate(Activation form, const Linear<T>& w, int64_t p, int64_t count, Rows<T> a, S* to, int64_t ldo) const {
@@ -227,8 +266,8 @@ struct Worker {
     share((e.H + e.group - 1) / e.group, [&](int64_t g) LAMBDA {
       for (int64_t p = 0; p < panels; ++p)
         each_tile<T>(rows, [&](int64_t r, int64_t n) LAMBDA {
-          multiply(layer.qkv, g * panels + p, 0, num_blocks(e.D), n, operand_of_x().from(r),
-                   at.qkv + r * at.ldq + p * kColumns, at.ldq);
+          product(layer.qkv, g * panels + p, 0, num_blocks(e.D), r, n, rows, operand_of_x(),
+                  at.qkv + r * at.ldq + p * kColumns, at.ldq);
         });
       for (int64_t s = tokens.first; s < tokens.last; ++s) {
         const int64_t row = tokens.cu_seqlens[s] - begin, length = tokens.cu_seqlens[s + 1] - tokens.cu_seqlens[s];
@@ -278,7 +317,7 @@ struct Worker {
   void accumulate(const Linear<T>& w, int64_t first, int64_t last, int64_t count, Rows<T> a) {
     share_panels(w.out / kColumns, [&](int64_t p) LAMBDA {
       each_tile<T>(count, [&](int64_t r, int64_t n) LAMBDA {
-        multiply(w, p, first, last, n, a.from(r), at.sums + r * at.ldc + p * kColumns, at.ldc);
+        product(w, p, first, last, r, n, count, a, at.sums + r * at.ldc + p * kColumns, at.ldc);
       });
     });
   }
@@ -364,10 +403,11 @@ bool tiles_agree() {
   alignas(64) int32_t integers[32][kColumns];
   {
     const Tiles tiles;
+    const auto nothing = [](int64_t) LAMBDA {};
     amx_products<2, false>(kM, kK * 2 / kTileBytes, reinterpret_cast<const char*>(a), sizeof a[0],
-                           reinterpret_cast<const char*>(b), sums);
+                           reinterpret_cast<const char*>(b), nullptr, 0, sums, sizeof sums[0], nothing);
     amx_products<2, true>(kM, 2 * kK / kTileBytes, reinterpret_cast<const char*>(bytes), sizeof bytes[0],
-                          reinterpret_cast<const char*>(panel), integers);
+                          reinterpret_cast<const char*>(panel), nullptr, 0, integers, sizeof integers[0], nothing);
   }
   bool agree = true;
   for (int m = 0; m < kM; ++m)

@@ -22,6 +22,14 @@ template <>
 constexpr int kRows<split> = 2 * kTileHeight;
 #endif
 
+// Whether other work can be done while a tile multiplies.
+template <class T>
+constexpr bool kBeside = false;
+#if defined(FASTBERT_AMX)
+template <>
+constexpr bool kBeside<bf16> = true;
+#endif
+
 // The depth of a panel is a multiple of this, filled with zeros; rows of A are read as far. Rows past the last are read
 // too, and make sums that nobody takes.
 template <class T>
@@ -126,21 +134,26 @@ INLINE void panel_tile(int64_t rows, int64_t depth, const float* a, int64_t lda,
   tile_of<2>(rows, depth, a, lda, panel, kColumns, add, ld_add, c, ldc);
 }
 #if defined(FASTBERT_AMX)
-template <int NV = 2, class T>
-INLINE void panel_tile(int64_t rows, int64_t depth, const T* a, int64_t lda, const T* panel, const float* add,
+// Writes C in blocks of 16 rows, whole ones.
+template <int NV = 2, class Beside>
+INLINE void panel_tile(int64_t rows, int64_t depth, const bf16* a, int64_t lda, const bf16* panel, const float* add,
+                       int64_t ld_add, float* c, int64_t ldc, Beside beside) {
+  amx_products<NV, false>(rows, (depth + kDepthStep<bf16> - 1) / kDepthStep<bf16>, reinterpret_cast<const char*>(a),
+                          lda * sizeof(bf16), reinterpret_cast<const char*>(panel), add, ld_add * sizeof(float), c,
+                          ldc * sizeof(float), beside);
+}
+template <int NV = 2>
+INLINE void panel_tile(int64_t rows, int64_t depth, const bf16* a, int64_t lda, const bf16* panel, const float* add,
+                       int64_t ld_add, float* c, int64_t ldc) {
+  panel_tile<NV>(rows, depth, a, lda, panel, add, ld_add, c, ldc, [](int64_t) LAMBDA {});
+}
+INLINE void panel_tile(int64_t rows, int64_t depth, const split* a, int64_t lda, const split* panel, const float* add,
                        int64_t ld_add, float* c, int64_t ldc) {
   alignas(64) float sums[2 * kTileHeight][kColumns];
-  const int64_t steps = (depth + kDepthStep<T> - 1) / kDepthStep<T>;
-  const char *left = reinterpret_cast<const char*>(a), *right = reinterpret_cast<const char*>(panel);
-  if constexpr (sizeof(T) == sizeof(split)) {
-    static_assert(NV == 2);
-    amx_split_products(rows, steps, left, lda * sizeof(T), right, sums);
-  } else {
-    amx_products<NV, false>(rows, steps, left, lda * sizeof(T), right, sums);
-  }
+  amx_split_products(rows, (depth + kDepthStep<split> - 1) / kDepthStep<split>, reinterpret_cast<const char*>(a),
+                     lda * sizeof(split), reinterpret_cast<const char*>(panel), sums);
   for (int64_t m = 0; m < rows; ++m)
-    for (int v = 0; v < NV * W; v += W)
-      store(c + m * ldc + v, load(sums[m] + v) + (add ? load(add + m * ld_add + v) : vf{}));
+    for (int v = 0; v < kColumns; v += W) store(c + m * ldc + v, load(sums[m] + v) + load(add + m * ld_add + v));
 }
 #elif defined(__AVX512BF16__)
 template <int NV = 2, int MR = kTileRows>
@@ -156,9 +169,16 @@ INLINE void panel_tile(int64_t rows, int64_t depth, const bf16* a, int64_t lda, 
 }
 #endif
 
-// f(first row, rows) over blocks of at most one tile of T, as equal as can be: a tile of few rows wastes cycles.
+// f(first row, rows) over blocks of at most one tile of T, as equal as can be: a tile of few rows wastes cycles. Tiles of
+// AMX write whole blocks of C, so theirs do not overlap.
 template <class T, class F>
 INLINE void each_tile(int64_t rows, F f) {
+#if defined(FASTBERT_AMX)
+  if constexpr (kRows<T> == 2 * kTileHeight) {
+    for (int64_t r = 0; r < rows; r += kRows<T>) f(r, rows - r < kRows<T> ? rows - r : kRows<T>);
+    return;
+  }
+#endif
   const int64_t count = (rows + kRows<T> - 1) / kRows<T>;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t begin = rows * i / count;

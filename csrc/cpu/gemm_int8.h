@@ -201,7 +201,8 @@ INLINE void int_panel_tile(int64_t rows, int64_t depth, const char* a, int64_t l
 #if defined(FASTBERT_AMX)
   if constexpr (Form::kGroup == 4) {
     alignas(64) vi sums[2 * kTileHeight][2];
-    amx_products<2, true>(rows, round_up(depth, kIntStep) / kIntStep, a, lda, reinterpret_cast<const char*>(panel), sums);
+    amx_products<2, true>(rows, round_up(depth, kIntStep) / kIntStep, a, lda, reinterpret_cast<const char*>(panel), nullptr,
+                          0, sums, 2 * kTileBytes, [](int64_t) LAMBDA {});
     for (int64_t m = 0; m < rows; ++m) int_row(sums[m], depth, tops[m * ldt], panel, add + m * ld_add, c + m * ldc);
     return;
   }

@@ -127,6 +127,17 @@ INLINE void multiply(const Linear<T>& w, int64_t p, int64_t first, int64_t last,
                d ? c : w.bias + p * kColumns, d ? ldc : 0, c, ldc);
 }
 
+#if defined(FASTBERT_AMX)
+// Tiles keep their sums over all depth blocks. beside(step) is done at each step of kDepthStep inputs.
+template <class Beside>
+INLINE void multiply(const Linear<bf16>& w, int64_t p, int64_t first, int64_t last, int64_t count, Rows<bf16> a,
+                     float* c, int64_t ldc, Beside beside) {
+  const int64_t end = last < num_blocks(w.in) ? last * kDepth : w.in;
+  panel_tile(count, end - first * kDepth, a.data, a.ld, panel_of(w, first, p), first ? c : w.bias + p * kColumns,
+             first ? ldc : 0, c, ldc, beside);
+}
+#endif
+
 template <class Form>
 INLINE void multiply_integers(const Linear<int8_t>& w, int64_t p, int64_t first, int64_t last, int64_t count,
                               Rows<int8_t> a, float* c, int64_t ldc) {

@@ -118,9 +118,13 @@ INLINE void each_vector(int64_t n, F f) {
 }
 
 INLINE float sum(vf x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#else
   float total = 0.f;
   for (int i = 0; i < W; ++i) total += x[i];
   return total;
+#endif
 }
 // a > b ? a : b in one instruction: where one is NaN the result is b. Compilers will not see it through the NaN rule.
 INLINE vf max(vf a, vf b) {

@@ -203,9 +203,7 @@ class Engine:
             if out is None:
                 out = bucket.result.new_empty(shape)
             elif out.shape != shape or out.dtype != bucket.result.dtype:
-                raise ValueError(
-                    f"out is {out.dtype} {tuple(out.shape)}, expected {bucket.result.dtype} {shape}"
-                )
+                raise ValueError(f"out is {out.dtype} {tuple(out.shape)}, expected {bucket.result.dtype} {shape}")
             assert bucket.replay is not None
             bucket.replay()
             with torch.inference_mode(out.is_inference()):  # such a tensor may be written to nowhere else

@@ -55,8 +55,9 @@ def _context(layer: Layer, qkv: torch.Tensor, batch: PackedBatch, rel_bias: torc
 
 def _fuses(module: nn.Module, op: str, x: torch.Tensor) -> TypeGuard[nn.Linear]:
     """Whether a kernel of ours computes this layer, with what follows it, faster."""
-    plain = type(module) is nn.Linear and module.bias is not None and module.weight.dtype == x.dtype
-    return plain and fused(op, x, len(x)) is not None
+    if type(module) is not nn.Linear or module.bias is None or module.weight.dtype != x.dtype:
+        return False
+    return fused(op, x, module.weight) is not None
 
 
 def _linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor:

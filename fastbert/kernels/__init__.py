@@ -62,9 +62,11 @@ def supports(op: str, device_type: str, dtype: torch.dtype) -> bool:
     return dtype.itemsize == 2 and op in configs.EPILOGUES.get(configs.architecture(), ())  # fp32 has small tiles
 
 
-def pays(op: str, num_rows: int) -> bool:
+def pays(op: str, num_rows: int, weight_shape: tuple[int, ...]) -> bool:
     """Whether a linear layer over so many rows was measured to be faster here than the vendor's GEMM."""
     configs = importlib.import_module(f"{__name__}.configs")
+    if op in configs.SHORT_OPS and configs.is_short(num_rows, weight_shape):
+        return True
     return any(num_rows in rows for rows in configs.EPILOGUES.get(configs.architecture(), {}).get(op, ()))
 
 

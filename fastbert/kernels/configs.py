@@ -118,7 +118,17 @@ def check_head_size(qkv: Tensor) -> None:
         raise ValueError(f"the triton attention takes head sizes 1 to {MAX_HEAD_SIZE}, got {qkv.shape[3]}")
 
 
-SHORT = 256  # rows up to which `kernels/short.py` computes linear layers
+# Rows times hidden size up to which `kernels/short.py` computes a model's linear layers: 192 rows of BERT-base. Whole
+# models take 0.73 of the vendor's GEMMs' time at 64 rows of it, 0.77 at 128, 0.87 at 192, 1.03 at 256; MiniLM, half as
+# wide, 0.76, 0.80, 0.82 and 0.80, and 0.88 at 384 rows (H200, 2026-11-27).
+SHORT = 192 * 768
+SHORT_OPS = ("linear", "linear_gelu", "linear_add_norm")
+
+
+def is_short(num_rows: int, weight_shape: tuple[int, ...]) -> bool:
+    """Whether a layer with this weight (N, K) has so few rows that its kernel is one of `short.py`."""
+    return num_rows * min(weight_shape) <= SHORT
+
 
 # Linear layers (linear, linear_gelu, linear_add, norm_linear) that beat the vendor's GEMM and the kernel after it, for
 # how many rows, by architecture. `python -m benchmarks.gpu` measures them; until it has, none is used there. On 90
@@ -127,8 +137,8 @@ SHORT = 256  # rows up to which `kernels/short.py` computes linear layers
 EPILOGUES: dict[int, dict[str, tuple[range, ...]]] = {
     90: {
         "linear_gelu": (range(1025), range(4096, 1 << 31)),
-        "linear": (range(SHORT + 1), range(16384, 1 << 31)),
-        "linear_add_norm": (range(SHORT + 1),),
+        "linear": (range(16384, 1 << 31),),
+        "linear_add_norm": (),
     }
 }
 
@@ -140,10 +150,8 @@ def linear_tile(num_rows: int, num_cols: int, dtype: torch.dtype) -> Tile:
     depth = 128 if dtype.itemsize == 1 else 64
     if num_rows <= 512:  # few rows: narrow tiles, so that every multiprocessor streams weights
         if num_rows <= 128 or num_cols <= 1024:
-            tile = Tile(64, 32, 4, 4, depth=128)
-        else:
-            tile = Tile(64, 64 if num_rows <= 256 else 128, 4, 4, depth=depth)
-        return chosen("linear_short", dtype, num_cols, tile)
+            return Tile(64, 32, 4, 4, depth=128)
+        return Tile(64, 64 if num_rows <= 256 else 128, 4, 4, depth=depth)
     if dtype.itemsize == 1:  # a group's sums are scaled before they are added: twice the registers
         tile = Tile(128, 128, 8, 3, depth=depth)
     else:
@@ -152,11 +160,12 @@ def linear_tile(num_rows: int, num_cols: int, dtype: torch.dtype) -> Tile:
 
 
 def short_tile(num_rows: int, num_cols: int, dtype: torch.dtype) -> Tile:
-    """Rows by columns of y, and the depth of a step; narrow where there are fewer tiles than multiprocessors."""
+    """Rows by columns of y, and the depth of a step; narrow where there are fewer tiles than half of
+    the multiprocessors."""
     if dtype == torch.float32:
         return Tile(32, 32, 4, 2, depth=32)
-    few = triton.cdiv(num_rows, 64) * triton.cdiv(num_cols, 32) < num_partials() // 4
-    return chosen("linear_short", dtype, num_cols, Tile(64, 16 if few else 32, 4, 4, depth=128))
+    few = triton.cdiv(num_rows, 64) * triton.cdiv(num_cols, 32) < num_partials() // 8
+    return chosen("short", dtype, num_cols, Tile(64, 16 if few else 32, 4, 4, depth=128))
 
 
 def short_parts(num_rows: int, num_cols: int, depth: int, dtype: torch.dtype) -> int:
@@ -190,6 +199,6 @@ def candidates(kernel: str, static: Tile) -> tuple[Tile, ...]:
         "attention_dq": (Tile(64, 64, 4, 2, 128), Tile(64, 64, 4, 3), Tile(32, 32, 4)),
         "attention_dkv": (Tile(64, 64, 4), Tile(64, 32, 4), Tile(64, 32, 4, 3), Tile(32, 32, 4)),
         "gelu": (Tile(4, 512, 4), Tile(1, 1024, 4), Tile(16, 256, 4)),
-        "linear_short": (Tile(64, 64, 4, 4, depth=64), Tile(64, 32, 4, 6, depth=64), Tile(64, 64, 4, 4, depth=128)),
+        "short": (Tile(64, 16, 4, 4, depth=128), Tile(64, 32, 4, 4, depth=128), Tile(64, 64, 4, 3, depth=128)),
         "linear": (Tile(128, 128, 8, 3, depth=64), Tile(128, 256, 8, 4, depth=64), Tile(128, 256, 8, 3, depth=64)),
     }[kernel]  # fmt: skip

@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastbert.kernels.common import on_device
-from fastbert.kernels.configs import SHORT, linear_programs, linear_tile
+from fastbert.kernels.configs import is_short, linear_programs, linear_tile
 from fastbert.kernels.float8 import Float8Rows, float8_of, quantize_rows_fwd
 from fastbert.kernels.gelu import gelu_of
 from fastbert.kernels.short import short_linear_fwd
@@ -189,7 +189,7 @@ def _launch(
 
 def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """See `fastbert.ops.linear`."""
-    if x.shape[0] <= SHORT:
+    if is_short(x.shape[0], weight.shape):
         return short_linear_fwd(x, weight, bias, "")
     return _launch(x, weight, bias, None, "", x.dtype)[0]
 
@@ -197,7 +197,7 @@ def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def linear_gelu_fwd(x: Tensor, weight: Tensor, bias: Tensor, approximate: str) -> Tensor:
     """See `fastbert.ops.linear`."""
     form = "tanh" if approximate == "tanh" else "erf"
-    if x.shape[0] <= SHORT:
+    if is_short(x.shape[0], weight.shape):
         return short_linear_fwd(x, weight, bias, form)
     return _launch(x, weight, bias, None, form, x.dtype)[0]
 

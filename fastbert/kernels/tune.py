@@ -98,8 +98,8 @@ def _cases(
     )
     yield "gelu", F, configs.gelu_tile(F, dtype), lambda: gelu_fwd(inner, None, "none")
     weight, bias = new(F, D) * D**-0.5, new(F)
-    for kernel, rows in (("linear_short", x[: min(128, tokens)]), ("linear", x)):
-        static = configs.linear_tile(rows.shape[0], F, dtype)
+    for kernel, tile_of, rows in (("short", configs.short_tile, x[:128]), ("linear", configs.linear_tile, x)):
+        static = tile_of(rows.shape[0], F, dtype)
         yield kernel, F, static, lambda rows=rows: linear_gelu_fwd(rows, weight, bias, "none")  # type: ignore[misc]
 
 

@@ -9,7 +9,7 @@ from fastbert.ops.float8_linear import float8_linear
 from fastbert.ops.gelu import gelu
 from fastbert.ops.int8_linear import int8_linear
 from fastbert.ops.l2_normalize import l2_normalize
-from fastbert.ops.linear import linear, linear_add, linear_gelu
+from fastbert.ops.linear import linear, linear_add, linear_add_norm, linear_gelu
 from fastbert.ops.plan import plan_batches, plan_concat, plan_mask
 from fastbert.ops.pool import pool
 
@@ -28,6 +28,7 @@ OPS = (
     "linear",
     "linear_gelu",
     "linear_add",
+    "linear_add_norm",
     "plan_mask",
     "plan_batches",
     "plan_concat",
@@ -45,6 +46,7 @@ __all__ = [
     "l2_normalize",
     "linear",
     "linear_add",
+    "linear_add_norm",
     "linear_gelu",
     "plan_batches",
     "plan_concat",

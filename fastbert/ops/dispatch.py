@@ -150,14 +150,14 @@ def chosen(op: str, device_type: str, dtype: torch.dtype) -> str:
     return REFERENCE if module is None else next(n for n in BACKENDS if _module(n, device_type) is module)
 
 
-def fused(op: str, x: torch.Tensor, num_rows: int | None = None) -> ModuleType | None:
+def fused(op: str, x: torch.Tensor, weight: torch.Tensor | None = None) -> ModuleType | None:
     """The backend in force if it computes `op`, a composition of other ops, in one kernel, and that pays for so many
-    rows, else None: the parts are then computed one by one, whatever is forced."""
+    rows (of `x`, times a weight (N, K)), else None: the parts are then computed one by one, whatever is forced."""
     names = DEFAULT.get(x.device.type, ()) if forced_backend() is None else (forced_backend(),)
     for name in names:
         if name is not None and has(name, op, x.device.type, x.dtype) and name != REFERENCE:
             module = _module(name, x.device.type)
-            return module if num_rows is None or module.pays(op, num_rows) else None
+            return module if weight is None or module.pays(op, x.shape[0], weight.shape) else None
     return None
 
 

@@ -69,7 +69,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.T
         ValueError, RuntimeError: as `linear_gelu`.
     """
     _check(x, weight, bias)
-    backend = fused("linear", x, x.shape[0])
+    backend = fused("linear", x, weight)
     if backend is None:
         return F.linear(x, weight, bias)
     return backend.linear_fwd(x.contiguous(), weight.contiguous(), bias)
@@ -92,7 +92,7 @@ def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, appro
     if approximate not in FORMS:
         raise ValueError(f"approximate must be one of {FORMS}, got {approximate!r}")
     _check(x, weight, bias)
-    backend = fused("linear_gelu", x, x.shape[0])
+    backend = fused("linear_gelu", x, weight)
     if backend is None:
         return gelu(F.linear(x, weight, bias), approximate=approximate)
     return backend.linear_gelu_fwd(x.contiguous(), weight.contiguous(), bias, approximate)
@@ -112,7 +112,7 @@ def linear_add(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residu
     """
     _check(x, weight, bias)
     _check_residual(x, weight, residual)
-    backend = fused("linear_add", x, x.shape[0])
+    backend = fused("linear_add", x, weight)
     if backend is None:
         return F.linear(x, weight, bias) + residual
     return backend.linear_add_fwd(x.contiguous(), weight.contiguous(), bias, residual.contiguous())
@@ -137,7 +137,7 @@ def linear_add_norm(
     """
     _check(x, weight, bias)
     _check_residual(x, weight, residual)
-    backend = fused("linear_add_norm", x, x.shape[0])
+    backend = fused("linear_add_norm", x, weight)
     if backend is None:
         return add_layer_norm(F.linear(x, weight), residual, norm_weight, norm_bias, eps, x_bias=bias)
     return backend.linear_add_norm_fwd(
