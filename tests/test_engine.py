@@ -127,10 +127,10 @@ def _rel_bias_transposed(monkeypatch):
 def _boundary_off_by_one(monkeypatch):
     run = cpu.Engine.run
 
-    def shifted(self, batch, *pooling):
+    def shifted(self, batch, **pooling):
         cu = batch.cu_seqlens.clone()
         cu[1] += 1
-        return run(self, dataclasses.replace(batch, cu_seqlens=cu), *pooling)
+        return run(self, dataclasses.replace(batch, cu_seqlens=cu), **pooling)
 
     monkeypatch.setattr(cpu.Engine, "run", shifted)
 

@@ -390,6 +390,7 @@ def test_resize_token_embeddings(head, tmp_path):
     before = ours(**inputs).logits
     table = ours.resize_token_embeddings(100, pad_to_multiple_of=8)
     assert table.num_embeddings == ours.config.vocab_size == ours.base_model.config.vocab_size == 104
+    assert table.training == ours.training
     assert ours.get_input_embeddings() is table
     after = ours(**inputs, **labels)
     assert after.logits.shape[-1] == 104

@@ -36,8 +36,19 @@ def epilogues(report: Report) -> Iterator[None]:
             }
             good = checked("linear_add", at, runs, F.linear(inner, down, b_down) + residual)
             report.add("linear_add", f"T{T}", "forward", good, nbytes + x.nbytes, flop)
-            yield
             gamma = torch.ones_like(b_down)
+            if T <= 128:
+                norm = (residual, gamma, b_down)
+                runs = {
+                    "fused": lambda x=inner, w=down, b=b_down, n=norm: kernels.linear_add_norm_fwd(x, w, b, *n, 1e-12),
+                    "cublas + fastbert": forced(
+                        lambda x=inner, w=down, b=b_down, n=norm: ops.add_layer_norm(F.linear(x, w), *n, x_bias=b), at
+                    ),
+                }
+                right = F.layer_norm(F.linear(inner, down, b_down) + residual, (D,), gamma, b_down, 1e-12)
+                good = checked("linear_add_norm", at, runs, right)
+                report.add("linear_add_norm", f"T{T}", "forward", good, nbytes + x.nbytes, flop)
+            yield
             half = (inner, down, b_down, residual, gamma, b_down, up, b_up)
             runs = {"fused": partial(folded_half, *half), "cublas + fastbert": forced(partial(half_layer, *half), at)}
             good = checked("norm_linear", at, runs, half_layer(*half))

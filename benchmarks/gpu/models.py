@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 
 from benchmarks.gpu.peers import compiled_peers, hugging_face, peers
-from benchmarks.gpu.report import Report, Run, Setting, checked, forced
+from benchmarks.gpu.report import OWN, Report, Run, Setting, checked, forced
 from fastbert import BertConfig, BertModel, ops, use_engine
 from fastbert.engine import cuda
 from fastbert.packing import PackedBatch, pack
@@ -86,11 +87,25 @@ def inference(report: Report) -> Iterator[None]:
                     right = eager(model, batch)
                 good = checked(name, at, runs, right)
                 nbytes = sum(p.nbytes for p in model.encoder.parameters())
-                report.add(
-                    f"bert-{name}", f"{case}_T{sum(lengths)}", "forward", good, nbytes,
-                    model_flop(config, lengths), graphs=False,
-                )  # fmt: skip
+                cost = nbytes, model_flop(config, lengths)
+                report.add(f"bert-{name}", f"{case}_T{sum(lengths)}", "forward", good, *cost, graphs=False)
+                if len(lengths) == 1:
+                    vectors = checked(name, at, vector_runs(model, batch, good, at), unit_mean(right))
+                    report.add(f"bert-{name}", f"{case}_T{sum(lengths)}", "vectors", vectors, *cost, graphs=False)
             yield
+
+
+def unit_mean(hidden: torch.Tensor) -> torch.Tensor:
+    """(T, D) of one text -> its vector (1, D) of length 1, on the host."""
+    return F.normalize(hidden.float().mean(0, keepdim=True)).cpu()
+
+
+def vector_runs(model: BertModel, batch: PackedBatch, runs: dict[str, Run], at: Setting) -> dict[str, Run]:
+    """One text's ids to its vector on the host, as a server needs it. Our ids begin there, theirs are on the device."""
+    host = batch.to("cpu")
+    theirs = {name: run for name, run in runs.items() if name not in OWN}
+    ours = forced(lambda: model.pool_packed(host, "mean", unit=True).cpu(), at)
+    return {"fastbert": ours} | {name: lambda run=run: unit_mean(run()) for name, run in theirs.items()}
 
 
 def compiled(report: Report) -> Iterator[None]:

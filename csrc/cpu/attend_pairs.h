@@ -91,7 +91,7 @@ INLINE float soften(float* s, int64_t length, int64_t padded, float scale, const
     total += low + high;
     _mm512_storeu_si512(p + j, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
   }
-  return sum(total);
+  return quick_sum(total);
 }
 
 inline int64_t attend_pairs_scratch(int64_t length, int64_t K) { return PairScratch(length, K).size(); }

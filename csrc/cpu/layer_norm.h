@@ -13,13 +13,13 @@ struct RowStats {
 INLINE RowStats row_stats(const float* z, int64_t D, float eps) {
   vf total{};
   each_vector(D, [&](int64_t i, int n) LAMBDA { total += load(z + i, n); });
-  const float mean = sum(total) / static_cast<float>(D);
+  const float mean = quick_sum(total) / static_cast<float>(D);
   vf squares{};
   each_vector(D, [&](int64_t i, int n) LAMBDA {
     const vf d = load(z + i, n) - mean;
     squares += n == W ? d * d : first(d * d, n);
   });
-  return {mean, 1.f / __builtin_sqrtf(sum(squares) / static_cast<float>(D) + eps)};
+  return {mean, 1.f / __builtin_sqrtf(quick_sum(squares) / static_cast<float>(D) + eps)};
 }
 
 INLINE vf normalised(vf z, RowStats stats) { return (z - stats.mean) * stats.rstd; }

@@ -237,7 +237,7 @@ class PreTrainedModel(nn.Module):
         table = nn.Embedding(
             size, old.embedding_dim, padding_idx=old.padding_idx, _weight=self._resized(old.weight, size, mean_resizing)
         )
-        self.set_input_embeddings(table)
+        self.set_input_embeddings(table.train(old.training))
         decoder = self.get_output_embeddings()
         if decoder is not None:
             decoder.weight = nn.Parameter(self._resized(decoder.weight, size, mean_resizing))
