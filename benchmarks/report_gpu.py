@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 OWN = ("fastbert", "fused", "float8", "fastbert ops", "fastbert graph", "cublas + fastbert")
+_MODES = {"vectors": ", its mean on the host", "compiled": ", beside torch.compile"}
 Key = tuple[str, str, str]  # op, case, mode
 Rows = dict[str, dict[str, str]]  # by backend
 
@@ -93,7 +94,7 @@ def _times(row: dict[str, str], ours: dict[str, str]) -> str:
 def _model(key: Key, own: Rows, peaks: dict[tuple[str, str], float]) -> str:
     (op, case, mode), ours = key, own["fastbert"]
     tokens = int(re.findall(r"T(\d+)", case)[0])
-    best, padded = _best(own), own.get("hf sdpa padded")
+    best, padded = _best(own), own.get("hf sdpa padded") or own.get("hf torch.compile padded")
 
     def rate(row: dict[str, str]) -> str:
         text = f"{tokens / _speed(row) / 1e3:.2f} M"
@@ -102,8 +103,10 @@ def _model(key: Key, own: Rows, peaks: dict[tuple[str, str], float]) -> str:
 
     length = re.findall(r"S(\d+)", case)
     what = f"{tokens:,} in sequences of {length[0] if length else '2 to 512'}"
+    if case.startswith("batch1"):
+        what = f"one sequence of {tokens}"
     fields = [
-        op.replace(" mlm", ", training"), f"one sequence of {tokens}" if case.startswith("batch1") else what,
+        op.replace(" mlm", ", training"), what + _MODES.get(mode, ""),
         rate(ours), f"{float(ours['tflop_s']):.0f}", f"{rate(best)} {best['backend']}", _times(best, ours),
         "-" if padded is None else rate(padded), "-" if padded is None else _times(padded, ours),
     ]  # fmt: skip

@@ -120,7 +120,10 @@ def compiled(report: Report) -> Iterator[None]:
             with ops.use_backend("reference"):
                 right = eager(model, batch)
             runs = {"fastbert": engine_run(model, batch, at)} | compiled_peers(model, theirs, at, batch)
-            case, good = f"{len(lengths)}x{lengths[0]}", checked("compiled", at, runs, right)
+            case, good = (
+                f"{'batch1_' * (len(lengths) == 1)}S{lengths[0]}_T{sum(lengths)}",
+                checked("compiled", at, runs, right),
+            )
             nbytes = sum(p.nbytes for p in model.encoder.parameters())
             report.add("bert-base", case, "compiled", good, nbytes, model_flop(at.config, lengths), graphs=False)
         yield
