@@ -36,9 +36,9 @@ def test_every_step_of_the_gpu_benchmark(tmp_path, monkeypatch, capsys):
         assert f"\n{section}: " in out
 
 
-def test_a_gpu_machine_may_have_torch_and_triton_alone(monkeypatch):
+def test_a_gpu_machine_may_have_torch_triton_and_numpy_alone(monkeypatch):
     """And no git, nor fastbert installed: a checkout."""
-    absent = ("huggingface_hub", "safetensors", "tokenizers", "transformers", "rich", "typer", "numpy")
+    absent = ("huggingface_hub", "safetensors", "tokenizers", "transformers", "rich", "typer")
     code = (
         f"import sys; sys.modules |= dict.fromkeys({absent})\nimport benchmarks.gpu.__main__, fastbert.kernels.__main__"
     )

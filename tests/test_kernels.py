@@ -105,8 +105,10 @@ def _one_key_more(cu_seqlens, num_tokens):
 
 
 @triton.jit
-def _forgets_the_linear_bias(x, x_bias, residual, offsets, inside, rows, cols, seed, threshold, keep_scale):
-    return _sum(x, None, residual, offsets, inside, rows, cols, seed, threshold, keep_scale)
+def _forgets_the_linear_bias(
+    x, parts, part_size, x_bias, residual, offsets, inside, rows, cols, seed, threshold, keep_scale
+):  # fmt: skip
+    return _sum(x, parts, part_size, None, residual, offsets, inside, rows, cols, seed, threshold, keep_scale)
 
 
 @triton.jit
@@ -318,7 +320,7 @@ def _check(kernel: ahead.Compiled) -> None:
 @pytest.mark.parametrize("architecture", ahead.ARCHITECTURES)
 def test_compiles_ahead_without_spills(architecture):
     found = ahead.compile_ahead(architecture)
-    fused = {"linear_gelu_fwd", "linear_add_fwd", "linear_rows_fwd", "norm_linear_fwd"}
+    fused = {"linear_gelu_fwd", "linear_add_fwd", "linear_add_norm_fwd", "linear_rows_fwd", "norm_linear_fwd"}
     fused |= {f"{name}_fwd" for name in FLOAT8} if architecture >= ahead.OLDEST_FLOAT8 else set()
     assert {c.call.split()[0] for c in found} == fused | {f"{op}_{way}" for op in OPS for way in ("fwd", "bwd")}
     for kernel in found:

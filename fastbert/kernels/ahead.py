@@ -104,8 +104,8 @@ def _calls(dtype: torch.dtype, K: int, p: float) -> dict[str, Callable[[], Any]]
     float8, scales = (torch.empty(F, D, dtype=FLOAT8), wide, b), torch.empty(F // 128, 4096)
     return {
         "linear_gelu_fwd": lambda: linear_gelu_fwd(many, up, b, "none"),
-        "linear_gelu_fwd short": lambda: linear_gelu_fwd(x, up, b, "none"),
-        "linear_add_norm_fwd short": lambda: linear_add_norm_fwd(g, down, bias, x, w, w, 1e-12),
+        "linear_gelu_fwd short": lambda: linear_gelu_fwd(x[:128], up, b, "none"),
+        "linear_add_norm_fwd short": lambda: linear_add_norm_fwd(g[:128], down, bias, x[:128], w, w, 1e-12),
         "linear_add_fwd": lambda: linear_add_fwd(inner, down, bias, many),
         "linear_add_fwd short": lambda: linear_add_fwd(g, down, bias, x),
         "linear_rows_fwd": lambda: linear_rows_fwd(inner, down, bias, rows, w, w, 1e-12),
