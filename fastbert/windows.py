@@ -45,30 +45,34 @@ def windows(texts: Sequence[Text], max_length: int, budget_tokens: int) -> list[
         if i > bounds[-1] and (tokens >= batches * least or i - bounds[-1] == WINDOW):
             bounds.append(i)
             tokens, batches = 0, min(2 * batches, _BATCHES)
-        tokens += min(_num_characters(text) // _CHARACTERS + 2, max_length)
+        tokens += _num_tokens(text, max_length)
     return list(pairwise([*bounds, len(texts)])) if texts else []
 
 
-def _num_characters(text: Text) -> int:
-    """What is no text is left for the tokenizer to name."""
+def _num_tokens(text: Text, max_length: int) -> int:
+    """About. What is no text is left for the tokenizer to name."""
     parts = (text,) if isinstance(text, str) else text if isinstance(text, (tuple, list)) else ()
-    return sum(len(part) for part in parts if isinstance(part, str))
+    return min(sum(len(part) for part in parts if isinstance(part, str)) // _CHARACTERS + 2, max_length)
 
 
 def encode_windows(
-    tokenizer: Tokenizer, texts: Sequence[Text], prompt: str, budget_tokens: int
+    tokenizer: Tokenizer, texts: Sequence[Text], prompt: str, budget_tokens: int, alone_tokens: int = 0
 ) -> Iterator[tuple[int, Encoded]]:
     """(first, token ids of the texts from there on) of each part of a list, `prompt` before each text.
+
+    A list of about `alone_tokens` at most is tokenised by the caller's thread alone.
 
     Raises:
         TypeError: an element is neither a str nor a pair of str; its index and type are named.
     """
+    parts = windows(texts, tokenizer.max_length, budget_tokens)
+    alone = len(parts) == 1 and sum(_num_tokens(text, tokenizer.max_length) for text in texts) <= alone_tokens
 
     def encode(bounds: tuple[int, int]) -> tuple[int, Encoded]:
         part = texts[slice(*bounds)]
-        return bounds[0], tokenizer.encode([_prepend(prompt, t) for t in part] if prompt else part, bounds[0])
+        return bounds[0], tokenizer.encode([_prepend(prompt, t) for t in part] if prompt else part, bounds[0], alone)
 
-    yield from ahead(encode, windows(texts, tokenizer.max_length, budget_tokens))
+    yield from ahead(encode, parts)
 
 
 def _prepend(prompt: str, text: Text) -> Text:
