@@ -21,7 +21,6 @@ import torch
 
 from benchmarks.texts import real_texts
 from fastbert import native
-from fastbert.embedder import ALONE_TOKENS
 from fastbert.sentence_folder import read_folder
 from fastbert.tokenizer import Tokenizer
 from fastbert.weights import read_json
@@ -311,7 +310,7 @@ def make(name: str, folder: Path, scratch: Path) -> Callable[[list[str]], np.nda
     peer = PEERS[name].kind(described.transformer, PEERS[name].dtype, scratch)
 
     def vectors(texts: list[str]) -> np.ndarray:
-        parts = encode_windows(tokenizer, texts, "", sys.maxsize, ALONE_TOKENS)
+        parts = encode_windows(tokenizer, texts, "", sys.maxsize, on_cpu=True)
         return peer.vectors([ids for _, encoded in parts for ids in encoded.ids])
 
     return vectors

@@ -39,10 +39,6 @@ from fastbert.windows import encode_windows
 
 # Tokens a batch. MiniLM fp32 on one Zen 5 thread, real sentences: 4.2 k tokens/s at 2048, 4.0 at 512, 3.8 at 8192.
 TOKENS_PER_THREAD, TOKENS_PER_GPU = 2048, 65536
-# A list of so many tokens (2.5 ms) is tokenised by its caller alone on a CPU: after a pass OpenMP's threads spin for
-# milliseconds, and those of `tokenizers` wait for them, 4 ms at a time. Two Zen 5 cores, 4 and 96 queries in a loop,
-# mean: 1.26 and 1.03 times as fast in bf16, 1.56 and 1.05 in int8 (2026-11-27).
-ALONE_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -244,7 +240,7 @@ class Embedder:
         on_cpu = device.type == "cpu"
         if token_budget is None:
             token_budget = TOKENS_PER_THREAD * torch.get_num_threads() if on_cpu else TOKENS_PER_GPU
-        for first, encoded in encode_windows(tokenizer, texts, prompt, token_budget, ALONE_TOKENS if on_cpu else 0):
+        for first, encoded in encode_windows(tokenizer, texts, prompt, token_budget, on_cpu):
             for rows in token_batches([len(ids) for ids in encoded.ids], token_budget, batch_size):
                 types = None if encoded.type_ids is None else [encoded.type_ids[i] for i in rows]
                 batch = pack([encoded.ids[i] for i in rows], types, self.model.position_offset)

@@ -617,7 +617,7 @@ def test_a_short_list_is_tokenised_by_its_callers_thread(build, monkeypatch):
     here, texts = {threading.get_ident()}, ["a short text"] * 40
     expected = embedder.encode(texts)
     assert seen == here
-    monkeypatch.setattr("fastbert.embedder.ALONE_TOKENS", 0)
+    monkeypatch.setattr("fastbert.windows._ALONE", 0)
     assert np.array_equal(embedder.encode(texts), expected)
     assert seen > here, "a long list wakes the threads of tokenizers"
 
