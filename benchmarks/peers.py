@@ -8,6 +8,7 @@ without as most people do.
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from fastbert import native
 from fastbert.sentence_folder import read_folder
 from fastbert.tokenizer import Tokenizer
 from fastbert.weights import read_json
+from fastbert.windows import encode_windows
 
 Batch = tuple[list[int], np.ndarray, np.ndarray]  # rows, input_ids (B, L), mask (B, L); int64
 
@@ -296,7 +298,7 @@ def _tokenizer(folder: Path) -> Tokenizer:
 
 
 def make(name: str, folder: Path, scratch: Path) -> Callable[[list[str]], np.ndarray]:
-    """Texts -> (N, D) unit vectors by one peer: `tokenizers` called directly, then the peer, then pooling.
+    """Texts -> (N, D) unit vectors by one peer: tokens as ours are made, then the peer, then pooling.
 
     Raises:
         ValueError: the model does not pool by mean, which is all that peers do here.
@@ -306,4 +308,9 @@ def make(name: str, folder: Path, scratch: Path) -> Callable[[list[str]], np.nda
         raise ValueError(f"peers pool by mean, but {folder} says {described.pooling.modes}")
     tokenizer = _tokenizer(folder)
     peer = PEERS[name].kind(described.transformer, PEERS[name].dtype, scratch)
-    return lambda texts: peer.vectors(tokenizer.encode(texts).ids)
+
+    def vectors(texts: list[str]) -> np.ndarray:
+        parts = encode_windows(tokenizer, texts, "", sys.maxsize, on_cpu=True)
+        return peer.vectors([ids for _, encoded in parts for ids in encoded.ids])
+
+    return vectors

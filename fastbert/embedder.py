@@ -237,9 +237,10 @@ class Embedder:
         tokenizer, device = self.tokenizer, self.device
         prompt_length = tokenizer.prompt_length(prompt) if prompt and not self.pooling.include_prompt else 0
         truncate_dim = self.truncate_dim if truncate_dim is None else truncate_dim
+        on_cpu = device.type == "cpu"
         if token_budget is None:
-            token_budget = TOKENS_PER_THREAD * torch.get_num_threads() if device.type == "cpu" else TOKENS_PER_GPU
-        for first, encoded in encode_windows(tokenizer, texts, prompt, token_budget):
+            token_budget = TOKENS_PER_THREAD * torch.get_num_threads() if on_cpu else TOKENS_PER_GPU
+        for first, encoded in encode_windows(tokenizer, texts, prompt, token_budget, on_cpu):
             for rows in token_batches([len(ids) for ids in encoded.ids], token_budget, batch_size):
                 types = None if encoded.type_ids is None else [encoded.type_ids[i] for i in rows]
                 batch = pack([encoded.ids[i] for i in rows], types, self.model.position_offset)

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal
@@ -99,17 +100,21 @@ class Tokenizer:
         framing = self.backend.encode("", "").ids  # ids of the post-processor's own, whatever the vocabulary says
         return max(*self.backend.get_vocab(with_added_tokens=True).values(), *framing, -1) + 1
 
-    def encode(self, texts: Sequence[Text], first: int = 0) -> Encoded:
+    def encode(self, texts: Sequence[Text], first: int = 0, alone: bool = False) -> Encoded:
         """Tokenise texts, or pairs of them. Lone surrogates, which no UTF-8 text holds, are read as U+FFFD.
 
-        `first` is what errors call the first of them, where they are a part of a longer list.
+        Args:
+            first: what errors call the first of them, where they are a part of a longer list.
+            alone: in the caller's thread only; a list of several wakes the threads of `tokenizers`.
 
         Raises:
             TypeError: an element is neither a str nor a pair of str; its index and type are named.
             ValueError: the tokenizer's own files contradict each other.
         """
         try:
-            encodings = self.backend.encode_batch_fast([self.checked(text, i) for i, text in enumerate(texts, first)])
+            inputs = [self.checked(text, i) for i, text in enumerate(texts, first)]
+            lists = [[text] for text in inputs] if alone else [inputs]
+            encodings = list(chain.from_iterable(map(self.backend.encode_batch_fast, lists)))
         except Exception as error:
             if type(error) is not Exception:  # tokenizers raises plain Exception, everything else has a class
                 raise

@@ -11,6 +11,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
         "OMP_NUM_THREADS", "1"
     )  # one worker a core: threads of several workers only wait for each other
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +20,12 @@ import torch
 
 from fastbert import machine
 from fastbert.hub import DEFAULT_MODEL, resolve
+
+
+def pytest_configure() -> None:
+    """A shell starts what ends in "&" with SIGINT ignored, and so would be every process that a test interrupts."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

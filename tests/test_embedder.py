@@ -25,6 +25,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
+from tokenizers.pre_tokenizers import PreTokenizer
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
@@ -546,7 +547,9 @@ def test_long_lists_are_computed_in_windows(build, monkeypatch):
     sizes = []
     encode = type(embedder.tokenizer).encode
     monkeypatch.setattr(
-        type(embedder.tokenizer), "encode", lambda self, t, first: (sizes.append((first, len(t))), encode(self, t))[1]
+        type(embedder.tokenizer),
+        "encode",
+        lambda self, t, first, _: (sizes.append((first, len(t))), encode(self, t))[1],
     )
     assert np.array_equal(embedder.encode(texts), expected)
     assert sizes == [(7 * i, 7) for i in range(7)] + [(49, 1)]
@@ -600,6 +603,23 @@ def test_an_error_ahead_comes_in_its_place_and_leaves_no_thread():
     next(dropped)
     dropped.close()
     assert threading.active_count() == before
+
+
+def test_a_short_list_is_tokenised_by_its_callers_thread(build, monkeypatch):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    embedder, seen = load(build()), set()
+
+    class Spy:
+        def pre_tokenize(self, text):
+            seen.add(threading.get_ident())
+
+    embedder.tokenizer.backend.pre_tokenizer = PreTokenizer.custom(Spy())
+    here, texts = {threading.get_ident()}, ["a short text"] * 40
+    expected = embedder.encode(texts)
+    assert seen == here
+    monkeypatch.setattr("fastbert.windows._ALONE", 0)
+    assert np.array_equal(embedder.encode(texts), expected)
+    assert seen > here, "a long list wakes the threads of tokenizers"
 
 
 def test_a_bad_text_far_down_the_list_is_named_by_its_place(build, monkeypatch):

@@ -6,209 +6,24 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
+import plain_objectives as plain
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers
+from plain_objectives import N, items_of, kinds
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from twin_models import ALBERT, DISTILBERT, ELECTRA, SMALL, V, same
 
 import fastbert
 from fastbert.models.electra_pair import ElectraPair, generator_config
 from fastbert.pooling import Pooling
 from fastbert.train import objectives
 from fastbert.train.batch import TrainBatch, collate
-from fastbert.train.draws import Places, draws
 from fastbert.train.masking import Masking
 from fastbert.train.objectives import Loss
-from fastbert.train.student import student_of, teacher_layers
-from fastbert.train.token_kinds import TokenKinds
 
-V, MASK, N = 60, 3, 6
 NUM_STEPS = 20
-OFF = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-SMALL = {
-    "vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48,
-    "max_position_embeddings": 40, "initializer_range": 0.1, **OFF,
-}  # fmt: skip
-DISTILBERT = {
-    "vocab_size": V, "dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 48, "max_position_embeddings": 40,
-    "initializer_range": 0.1, "dropout": 0.0, "attention_dropout": 0.0,
-}  # fmt: skip
-ALBERT = SMALL | {"embedding_size": 20, "classifier_dropout_prob": 0.0, "hidden_act": "gelu_new"}
-ELECTRA = SMALL | {"embedding_size": 20}
-
-
-def kinds() -> TokenKinds:
-    return TokenKinds.of(MASK, torch.arange(V) < 5)
-
-
-# Data: every step has other items, ragged, in segments.
-
-
-def items_of(step: int, fields: dict[str, str], group: int = 1, num: int = N) -> tuple[list[dict[str, Any]], list[int]]:
-    g = np.random.default_rng(step)
-    items = []
-    for _ in range(num):
-        ids, types = [], []
-        for _ in range(group):
-            n = int(g.integers(4, 18))
-            cut = int(g.integers(2, n))
-            ids.append([1, *g.integers(5, V, n - 2).tolist(), 2])
-            types.append([0] * cut + [1] * (n - cut))
-        tokens = len(ids[0])
-        label = {
-            "binary": lambda: int(g.integers(0, 2)),
-            "class": lambda: int(g.integers(0, 3)),
-            "number": lambda: float(g.normal()),
-            "score": lambda: float(g.random()),
-            "flags": lambda: g.integers(0, 2, 3).astype(float).tolist(),
-            "tokens": lambda n=tokens: np.where(g.random(n) < 0.5, g.integers(0, 3, n), -100).tolist(),
-            "position": lambda n=tokens: int(g.integers(0, n)),
-            "past": lambda n=tokens: int(g.integers(0, n + n // 2)),
-            "choice": lambda: int(g.integers(0, group)),
-        }
-        made = {name: label[kind]() for name, kind in fields.items()}
-        whole = {"input_ids": ids, "type_ids": types} if group > 1 else {"input_ids": ids[0], "type_ids": types[0]}
-        items.append(whole | made)
-    return items, list(range(step * num, (step + 1) * num))
-
-
-def pad(batch: TrainBatch, values: torch.Tensor, fill: int) -> torch.Tensor:
-    """(T) -> (B, L)."""
-    return nn.utils.rnn.pad_sequence(batch.packed.split(values), batch_first=True, padding_value=fill)
-
-
-def padded(batch: TrainBatch, ids: torch.Tensor | None = None, types: bool = True) -> dict[str, torch.Tensor]:
-    """What a Hugging Face model takes."""
-    ids = batch.packed.input_ids if ids is None else ids
-    inputs = {"input_ids": pad(batch, ids, 0), "attention_mask": pad(batch, torch.ones_like(ids), 0)}
-    if types:
-        assert batch.packed.type_ids is not None
-        inputs["token_type_ids"] = pad(batch, batch.packed.type_ids, 0)
-    return inputs
-
-
-# The objectives in plain PyTorch.
-
-
-def ce(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=-100)
-
-
-def mlm(model, batch, case):
-    return ce(model(**padded(batch)).logits, pad(batch, batch.labels["labels"], -100))
-
-
-def mlm_and_next_sentence(model, batch, case):
-    out = model(**padded(batch))
-    masked = ce(out.prediction_logits, pad(batch, batch.labels["labels"], -100))
-    return masked + ce(out.seq_relationship_logits, batch.labels["next_sentence_label"])
-
-
-def mlm_and_sentence_order(model, batch, case):
-    out = model(**padded(batch))
-    masked = ce(out.prediction_logits, pad(batch, batch.labels["labels"], -100))
-    return masked + ce(out.sop_logits, batch.labels["sentence_order_label"])
-
-
-def lowbias32(x: np.ndarray) -> np.ndarray:
-    x = x.astype(np.uint32)
-    x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
-    return x ^ (x >> 16)
-
-
-def replaced_tokens(models, batch, case):
-    generator, discriminator = models["generator"], models["discriminator"]
-    labels, inputs = pad(batch, batch.labels["labels"], -100), padded(batch)
-    logits = generator(**inputs).logits
-    keys = pad(batch, draws(batch, Places.of(batch.packed), "gumbel", 0, batch.epoch), 0)
-    bits = lowbias32(lowbias32(np.arange(V))[None, None] ^ keys.numpy().astype(np.uint32)[:, :, None])
-    noise = -torch.log(-torch.log1p(-((torch.from_numpy(bits.astype(np.float64)) + 0.5) / 2**32)))
-    sampled = (logits.detach() + noise.float()).argmax(-1)
-    original = torch.where(labels == -100, inputs["input_ids"], labels)
-    ids = torch.where(labels == -100, inputs["input_ids"], sampled)
-    scores = discriminator(**(inputs | {"input_ids": ids})).logits
-    real = inputs["attention_mask"].bool()
-    replaced = (ids != original).to(scores.dtype)
-    return ce(logits, labels) + 50 * F.binary_cross_entropy_with_logits(scores[real], replaced[real])
-
-
-def triple_loss(models, batch, case, masked_only=False):
-    inputs, labels = padded(batch), pad(batch, batch.labels["labels"], -100)
-    with torch.no_grad():
-        teacher = models["teacher"](**inputs, output_hidden_states=True)
-    plain = {k: v for k, v in inputs.items() if k != "token_type_ids"}
-    student = models["student"](**plain, output_hidden_states=True)
-    real = inputs["attention_mask"].bool()
-    rows = labels != -100 if masked_only else real
-    kl = F.kl_div(
-        F.log_softmax(student.logits[rows] / 2, -1), F.softmax(teacher.logits[rows] / 2, -1), reduction="batchmean"
-    )
-    a, b = student.hidden_states[-1][real], teacher.hidden_states[-1][real]
-    cosine = F.cosine_embedding_loss(a, b, torch.ones(len(a), dtype=a.dtype))
-    return 5 * kl * 4 + 2 * ce(student.logits, labels) + cosine
-
-
-def triple_loss_masked(models, batch, case):
-    return triple_loss(models, batch, case, masked_only=True)
-
-
-def their_loss(model, batch, case):
-    labels = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in batch.labels.items()}
-    return model(**padded(batch), **labels).loss
-
-
-def token_loss(model, batch, case):
-    return ce(model(**padded(batch)).logits, pad(batch, batch.labels["labels"], -100))
-
-
-def span_loss(model, batch, case):
-    inputs = padded(batch)
-    out, length = model(**inputs), inputs["attention_mask"].sum(1)
-    fill = torch.finfo(model.dtype).min
-    total = 0.0
-    for name in ("start", "end"):
-        scores = getattr(out, f"{name}_logits").masked_fill(inputs["attention_mask"] == 0, fill)
-        target = batch.labels[f"{name}_positions"]
-        total = total + F.cross_entropy(scores, torch.where(target < length, target, -100)) / 2
-    return total
-
-
-def choice_loss(model, batch, case):
-    inputs = {k: v.view(N, case.group, -1) for k, v in padded(batch).items()}
-    return F.cross_entropy(model(**inputs).logits, batch.labels["labels"])
-
-
-def their_vectors(model, batch, case):
-    inputs = padded(batch)
-    hidden, mask = model(**inputs).last_hidden_state, inputs["attention_mask"][..., None]
-    vectors = (hidden * mask).sum(1) / mask.sum(1)
-    return F.normalize(vectors, dim=-1).view(N, case.group, -1)
-
-
-def ranking_loss(model, batch, case):
-    vectors = their_vectors(model, batch, case)
-    candidates = [vectors[j, c] for c in range(1, case.group) for j in range(N)]
-    losses = []
-    for i in range(N):
-        scores = torch.stack([20 * vectors[i, 0] @ c for c in candidates])
-        losses.append(scores.logsumexp(0) - scores[i])
-    return torch.stack(losses).mean()
-
-
-def cosine_loss(model, batch, case):
-    a, b = their_vectors(model, batch, case).unbind(1)
-    return ((a * b).sum(-1) - batch.labels["labels"]).square().mean()
-
-
-def cosent_loss(model, batch, case):
-    a, b = their_vectors(model, batch, case).unbind(1)
-    cosines, labels = (a * b).sum(-1), batch.labels["labels"]
-    terms = [20 * (cosines[j] - cosines[i]) for i in range(N) for j in range(N) if labels[i] > labels[j]]
-    return torch.log(1 + torch.stack(terms).exp().sum())
 
 
 # The two sides of each objective.
@@ -226,20 +41,6 @@ class Vectors(nn.Module):
 
 
 Pair = tuple[Any, Any, Any]  # our model, their model(s), what of theirs is trained
-
-
-def same(name: str, config: dict[str, Any], dtype: torch.dtype, seed: int = 0) -> tuple[Any, Any]:
-    """Our class and theirs with the same weights, no two of them alike."""
-    torch.manual_seed(seed)
-    theirs = getattr(transformers, name)(getattr(transformers, f"{name.split('For')[0]}Config")(**config))
-    with torch.no_grad():
-        for key, parameter in theirs.named_parameters():
-            if parameter.ndim == 1:
-                parameter.normal_(1.0 if key.lower().endswith("norm.weight") else 0.0, 0.1)
-    theirs = theirs.to(dtype).train()
-    ours = getattr(fastbert, name)(getattr(fastbert, f"{name.split('For')[0]}Config").from_dict(config)).to(dtype)
-    ours.load_state_dict({k: v for k, v in theirs.state_dict().items() if k in ours.state_dict()})
-    return ours.train(), theirs
 
 
 def one(name: str, config: dict[str, Any] = SMALL) -> Callable[[torch.dtype], Pair]:
@@ -303,45 +104,45 @@ def distillation(masked_only=False):
 
 
 CASES = {
-    "mlm": Case(lambda m: objectives.MaskedLM(kinds(), MASKING), one("BertForMaskedLM"), mlm),
+    "mlm": Case(lambda m: objectives.MaskedLM(kinds(), MASKING), one("BertForMaskedLM"), plain.mlm),
     "mlm_nsp": Case(
         lambda m: objectives.MaskedLMWithNextSentence(kinds(), MASKING), one("BertForPreTraining"),
-        mlm_and_next_sentence, {"next_sentence_label": "binary"},
+        plain.mlm_and_next_sentence, {"next_sentence_label": "binary"},
     ),
     "mlm_sop": Case(
         lambda m: objectives.MaskedLMWithSentenceOrder(kinds(), Masking(max_ngram=3, probability=0.3)),
-        one("AlbertForPreTraining", ALBERT), mlm_and_sentence_order, {"sentence_order_label": "binary"},
+        one("AlbertForPreTraining", ALBERT), plain.mlm_and_sentence_order, {"sentence_order_label": "binary"},
     ),
-    "replaced_tokens": Case(lambda m: objectives.ReplacedTokenDetection(kinds()), electra, replaced_tokens),
-    "distillation": Case(distillation(), distilling, triple_loss),
-    "distillation_masked": Case(distillation(masked_only=True), distilling, triple_loss_masked),
+    "replaced_tokens": Case(lambda m: objectives.ReplacedTokenDetection(kinds()), electra, plain.replaced_tokens),
+    "distillation": Case(distillation(), distilling, plain.triple_loss),
+    "distillation_masked": Case(distillation(masked_only=True), distilling, plain.triple_loss_masked),
     "classes": Case(
-        lambda m: objectives.SequenceClassification(), one("BertForSequenceClassification", LABELS3), their_loss,
+        lambda m: objectives.SequenceClassification(), one("BertForSequenceClassification", LABELS3), plain.their_loss,
         {"labels": "class"},
     ),
     "regression": Case(
-        lambda m: objectives.SequenceClassification(), one("BertForSequenceClassification", REGRESSION), their_loss,
-        {"labels": "number"},
+        lambda m: objectives.SequenceClassification(), one("BertForSequenceClassification", REGRESSION),
+        plain.their_loss, {"labels": "number"},
     ),
     "multi_label": Case(
-        lambda m: objectives.SequenceClassification(), one("BertForSequenceClassification", MULTI), their_loss,
+        lambda m: objectives.SequenceClassification(), one("BertForSequenceClassification", MULTI), plain.their_loss,
         {"labels": "flags"},
     ),
     "token_classes": Case(
-        lambda m: objectives.TokenClassification(), one("BertForTokenClassification", LABELS3), token_loss,
+        lambda m: objectives.TokenClassification(), one("BertForTokenClassification", LABELS3), plain.token_loss,
         {"labels": "tokens"},
     ),
     "spans": Case(
-        lambda m: objectives.QuestionAnswering(), one("BertForQuestionAnswering"), span_loss,
+        lambda m: objectives.QuestionAnswering(), one("BertForQuestionAnswering"), plain.span_loss,
         {"start_positions": "position", "end_positions": "past"},
     ),
     "choices": Case(
-        lambda m: objectives.MultipleChoice(), one("BertForMultipleChoice"), choice_loss, {"labels": "choice"}, 3
+        lambda m: objectives.MultipleChoice(), one("BertForMultipleChoice"), plain.choice_loss, {"labels": "choice"}, 3
     ),
-    "ranking": Case(lambda m: objectives.InBatchNegatives(), vectors, ranking_loss, group=2),
-    "ranking_hard": Case(lambda m: objectives.InBatchNegatives(), vectors, ranking_loss, group=4),
-    "cosine": Case(lambda m: objectives.CosineSimilarity(), vectors, cosine_loss, {"labels": "number"}, 2),
-    "cosent": Case(lambda m: objectives.CoSENT(), vectors, cosent_loss, {"labels": "score"}, 2),
+    "ranking": Case(lambda m: objectives.InBatchNegatives(), vectors, plain.ranking_loss, group=2),
+    "ranking_hard": Case(lambda m: objectives.InBatchNegatives(), vectors, plain.ranking_loss, group=4),
+    "cosine": Case(lambda m: objectives.CosineSimilarity(), vectors, plain.cosine_loss, {"labels": "number"}, 2),
+    "cosent": Case(lambda m: objectives.CoSENT(), vectors, plain.cosent_loss, {"labels": "score"}, 2),
 }  # fmt: skip
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-10}
 
@@ -768,78 +569,6 @@ def test_electra_pair_needs_tables_of_one_size():
         ElectraPair(
             fastbert.ElectraForPreTraining(config), fastbert.ElectraForMaskedLM(config.replace(embedding_size=24))
         )
-
-
-# Students.
-
-
-@pytest.mark.parametrize(
-    ("depths", "expected"),
-    [
-        ((12, 6), [0, 2, 4, 7, 9, 11]),
-        ((12, 12), list(range(12))),
-        ((12, 3), [0, 6, 11]),
-        ((24, 2), [0, 23]),
-        ((6, 1), [0]),
-    ],
-)
-def test_which_layers_a_student_takes(depths, expected):
-    assert teacher_layers(*depths) == expected
-
-
-@pytest.mark.parametrize("num", [0, 13])
-def test_a_student_has_one_layer_to_all(num):
-    with pytest.raises(ValueError, match=f"1 to 12, not {num}"):
-        teacher_layers(12, num)
-
-
-def teacher(name: str, config: dict[str, Any], num_layers: int) -> Any:
-    field = "n_layers" if "n_layers" in config else "num_hidden_layers"
-    return same(name, config | {field: num_layers}, torch.float32, seed=2)[0].eval()
-
-
-FAMILIES = {
-    "BertForMaskedLM": SMALL,
-    "RobertaForMaskedLM": SMALL | {"pad_token_id": 1, "max_position_embeddings": 42},
-    "DistilBertForMaskedLM": DISTILBERT,
-    "MPNetForMaskedLM": SMALL | {"pad_token_id": 1, "max_position_embeddings": 42},
-    "ElectraForMaskedLM": ELECTRA,
-}
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_student_as_deep_as_its_teacher_is_its_teacher(name):
-    model = teacher(name, FAMILIES[name], 3)
-    student = student_of(model, 3)
-    assert type(student).__name__ == ("DistilBertForMaskedLM" if name.startswith("Bert") else name)
-    assert student.training
-    ids = torch.tensor([[5, 7, 9, 33, 6], [8, 20, 21, 22, 23]])
-    with torch.no_grad():
-        torch.testing.assert_close(student.eval()(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
-        shallow = student_of(model).eval()
-        assert shallow.config.num_hidden_layers == 1
-        assert (shallow(ids).logits - model(ids).logits).abs().max() > 1e-2
-
-
-def test_a_student_takes_the_layers_it_should():
-    model = teacher("BertForMaskedLM", SMALL, 5)
-    for student in (student_of(model, 3), student_of(model, 3, distilbert=False)):
-        for i, layer in enumerate(student.base_model.encoder.layer):
-            source = model.base_model.encoder.layer[2 * i]
-            for (key, a), (_, b) in zip(layer.named_parameters(), source.named_parameters(), strict=True):
-                assert torch.equal(a, b), key
-                assert a.data_ptr() != b.data_ptr()
-    assert type(student) is type(model)
-
-
-def test_students_that_cannot_be_made():
-    albert = fastbert.AlbertForMaskedLM(fastbert.AlbertConfig.from_dict(ALBERT))
-    with pytest.raises(ValueError, match="ALBERT's layers share"):
-        student_of(albert)
-    with pytest.raises(ValueError, match="the teacher is a ElectraForMaskedLM"):
-        student_of(teacher("ElectraForMaskedLM", ELECTRA, 2), distilbert=True)
-    with pytest.raises(ValueError, match="layer_norm_eps is 1e-05"):
-        student_of(teacher("BertForMaskedLM", SMALL | {"layer_norm_eps": 1e-5}, 2))
 
 
 def test_objective_is_a_function_of_its_batch():
