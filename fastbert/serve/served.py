@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from fastbert.embedder import Embedder, position_limit
-from fastbert.engine import release_weights
+from fastbert.engine import pin, release_weights
 from fastbert.engine.dtypes import resolve_device, resolve_dtype
 from fastbert.hub import resolve
 from fastbert.machine import cpu
@@ -148,7 +148,7 @@ class Served:
             served = cls(
                 kind, embedder.model, embedder.tokenizer, dtype, embedder=embedder, num_threads=num_threads, sha=sha
             )
-            return served if keep_weights else served._without_weights()
+            return served._owned(keep_weights)
         if dense_path is not None:
             raise ValueError(
                 f"{root} holds a {kind.name} model: only vectors go through a Dense module, not its answers"
@@ -161,11 +161,13 @@ class Served:
         tokenizer = Tokenizer.from_folder(kind.transformer, limit, length)
         quantize(model.base_model, dtype)
         served = cls(kind, model, tokenizer, dtype, num_threads=num_threads, sha=sha)
-        return served if keep_weights else served._without_weights()
+        return served._owned(keep_weights)
 
-    def _without_weights(self) -> Served:
-        _ = self.fingerprint  # which reads them
-        release_weights(self._model)
+    def _owned(self, keep_weights: bool) -> Served:
+        if not keep_weights:
+            _ = self.fingerprint  # which reads them
+            release_weights(self._model)
+        pin(self.base)  # nobody else has it, and here nothing changes it
         return self
 
     @cached_property
