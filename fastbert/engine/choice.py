@@ -137,16 +137,21 @@ def _warn(reason: str) -> None:
     warnings.warn(f"a model runs as a chain of ops, slower than on an engine: {reason}", stacklevel=2)
 
 
-def pin(model: EncoderModel) -> None:
+def pin(model: EncoderModel) -> cpu.Engine | None:
     """Compute a model on a CPU as it is now for as long as it lives, without a look at whether it has changed, which
-    takes a text of twelve tokens a tenth of its time. For whoever owns the model and changes nothing; where no engine
-    computes it there is nothing to pin."""
+    takes a text of twelve tokens a tenth of its time. For whoever owns the model and changes nothing.
+
+    Returns:
+        Its engine; None where none computes it, and nothing is pinned.
+    """
     if model.device.type != "cpu":
-        return
+        return None
     with torch.no_grad():
         engine = _circumstances(model, "cpu") or _engine(model)
-    if isinstance(engine, cpu.Engine):
-        engine.pinned = True
+    if not isinstance(engine, cpu.Engine):
+        return None
+    engine.pinned = True
+    return engine
 
 
 def release_weights(model: PreTrainedModel) -> None:

@@ -19,7 +19,7 @@ from fastbert.serve.passes import BatchReport, Computes, Counters, Outcome, Pass
 from fastbert.serve.work import OUTPUTS, Done, Draining, Overloaded, Work, WorkError
 
 _QUEUE_BATCHES = 32  # full forward passes that may wait, where `max_queue_tokens` does not say
-_ALONE = 16  # requests one at a time before the next one is lone; each 16th goes the usual way, where company is seen
+_ALONE = 16  # requests of one connection and of nobody else, before the next one is lone
 
 
 class Batcher:
@@ -80,7 +80,8 @@ class Batcher:
         self._running_until = 0.0  # when the forward pass under way is expected to end
         self._live: set[Request] = set()
         self._deadlines = Deadlines(self._live, self._expire)
-        self._alone = 0  # requests in a row that found nobody else here
+        self._connection: asyncio.BaseTransport | None = None  # that the last request came by
+        self._alone = 0  # requests in a row that came by it, or after its end
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining = self._closed = False
         self._paused = False  # the thread waits for company, not for work
@@ -140,7 +141,7 @@ class Batcher:
             self.counters.deadline_exceeded += 1
             raise request.too_late()
         if self._is_lone(request):
-            return self._compute_here(request)
+            return self._compute_here(request, loop)
         self._admit(request, loop)
         self._deadlines.watch(work.deadline, loop)
         try:
@@ -155,21 +156,31 @@ class Batcher:
                     self._lanes.remove(request)
 
     def _is_lone(self, request: Request) -> bool:
-        self._alone = 0 if self._live else self._alone + 1
-        if self._alone < _ALONE or self._alone % _ALONE == 0 or self._running_until or self._draining:
+        # Who comes during a pass here is read when it is over: company shows by where requests come from, not by when.
+        last, self._connection = self._connection, request.work.connection
+        alone = last is not None and not self._live and (last is self._connection or last.is_closing())
+        self._alone = self._alone + 1 if alone else 0
+        if self._alone < _ALONE or self._running_until or self._draining:
             return False
         if request.tokens > self.batch_tokens or len(request.lengths) > (self.max_batch_sequences or request.tokens):
             return False
         seconds = self.latency.predict(*request.waiting())
         return seconds <= min(self.lone_s, (request.work.deadline or float("inf")) - request.arrived)
 
-    def _compute_here(self, request: Request) -> Done:
-        # The compute thread has nothing to do and is given nothing meanwhile; each 16th request teaches enough.
+    def _compute_here(self, request: Request, loop: asyncio.AbstractEventLoop) -> Done:
+        # The compute thread has nothing to do and is given nothing meanwhile.
         outcome = self._passes.run([(request, i) for i in range(len(request.lengths))])
+        for settled, error in outcome.settled:
+            self._settle(settled, error)
+        loop.call_soon(self._note_lone, request, outcome)  # when the answer is on its way
+        return request.future.result()
+
+    def _note_lone(self, request: Request, outcome: Outcome) -> None:
         self._pace.arrived(request.arrived)
         self._pace.answered(1, self.latency, monotonic())
-        self._deliver(outcome)
-        return request.future.result()
+        self._note(outcome)
+        if self._alone % _ALONE == 0:  # these teach enough
+            self._passes.learn(outcome.reports)
 
     def _admit(self, request: Request, loop: asyncio.AbstractEventLoop) -> None:
         if self._live and loop is not self._loop:
@@ -286,13 +297,15 @@ class Batcher:
             if not self._loop.is_closed():
                 raise
 
-    def _deliver(self, outcome: Outcome, loop: asyncio.AbstractEventLoop | None = None) -> None:
-        self.counters.oom_splits += outcome.oom_splits
+    def _deliver(self, outcome: Outcome, loop: asyncio.AbstractEventLoop) -> None:
         for request, error in outcome.settled:
             self._settle(request, error)
+        self._note(outcome)
+        loop.call_soon(self._passes.learn, outcome.reports)  # behind those who now have their result
+
+    def _note(self, outcome: Outcome) -> None:
+        self.counters.oom_splits += outcome.oom_splits
         for report in outcome.reports:
             self.counters.add(report)
             if self.on_batch is not None:
                 self.on_batch(report)
-        if loop is not None:
-            loop.call_soon(self._passes.learn, outcome.reports)  # behind those who now have their result
