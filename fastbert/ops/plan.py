@@ -11,6 +11,7 @@ from fastbert.ops.dispatch import backend_for
 
 _IDS = torch.empty(0, dtype=torch.int64)  # stands for token ids where a backend is chosen
 
+
 def plan_mask_ref(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
     """The specification of `plan_mask`."""
     indices = mask.flatten().nonzero().flatten()
