@@ -14,12 +14,11 @@ from time import monotonic
 from fastbert.serve.deadlines import Deadlines
 from fastbert.serve.lanes import Batch, Lanes, Request
 from fastbert.serve.latency import LatencyModel
-from fastbert.serve.pace import Pace
+from fastbert.serve.pace import Pace, Solo
 from fastbert.serve.passes import BatchReport, Computes, Counters, Outcome, Passes
 from fastbert.serve.work import OUTPUTS, Done, Draining, Overloaded, Work, WorkError
 
 _QUEUE_BATCHES = 32  # full forward passes that may wait, where `max_queue_tokens` does not say
-_ALONE = 16  # requests of one connection and of nobody else, before the next one is lone
 
 
 class Batcher:
@@ -79,9 +78,8 @@ class Batcher:
         self._pace = Pace()
         self._running_until = 0.0  # when the forward pass under way is expected to end
         self._live: set[Request] = set()
-        self._deadlines = Deadlines(self._live, self._expire)
-        self._connection: asyncio.BaseTransport | None = None  # that the last request came by
-        self._alone = 0  # requests in a row that came by it, or after its end
+        self._deadlines = Deadlines(self._live, lambda request: self._settle(request, request.too_late()))
+        self._solo = Solo()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining = self._closed = False
         self._paused = False  # the thread waits for company, not for work
@@ -156,20 +154,16 @@ class Batcher:
                     self._lanes.remove(request)
 
     def _is_lone(self, request: Request) -> bool:
-        # Who comes during a pass here is read when it is over: company shows by where requests come from, not by when.
-        last, self._connection = self._connection, request.work.connection
-        alone = last is not None and not self._live and (last is self._connection or last.is_closing())
-        self._alone = self._alone + 1 if alone else 0
-        if self._alone < _ALONE or self._running_until or self._draining:
+        self._solo.arrived(request.work.connection, bool(self._live))
+        if not self._solo.is_steady or self._running_until or self._draining or request.tokens > self.batch_tokens:
             return False
-        if request.tokens > self.batch_tokens or len(request.lengths) > (self.max_batch_sequences or request.tokens):
+        if self.max_batch_sequences is not None and len(request.lengths) > self.max_batch_sequences:
             return False
         seconds = self.latency.predict(*request.waiting())
         return seconds <= min(self.lone_s, (request.work.deadline or float("inf")) - request.arrived)
 
     def _compute_here(self, request: Request, loop: asyncio.AbstractEventLoop) -> Done:
-        # The compute thread has nothing to do and is given nothing meanwhile.
-        outcome = self._passes.run([(request, i) for i in range(len(request.lengths))])
+        outcome = self._passes.run([(request, i) for i in range(len(request.lengths))])  # the compute thread is idle
         for settled, error in outcome.settled:
             self._settle(settled, error)
         loop.call_soon(self._note_lone, request, outcome)  # when the answer is on its way
@@ -179,30 +173,26 @@ class Batcher:
         self._pace.arrived(request.arrived)
         self._pace.answered(1, self.latency, monotonic())
         self._note(outcome)
-        if self._alone % _ALONE == 0:  # these teach enough
+        if self._solo.is_sample:
             self._passes.learn(outcome.reports)
 
     def _admit(self, request: Request, loop: asyncio.AbstractEventLoop) -> None:
         if self._live and loop is not self._loop:
             raise RuntimeError("a batcher belongs to one event loop at a time, but work of another one is under way")
         self._loop = loop
-        tokens = request.tokens
         with self._ready:
             if self._draining:
                 raise Draining("the server is shutting down and accepts no more work")
             waiting = self._lanes.tokens
-            if waiting and waiting + tokens > self.max_queue_tokens:
+            if waiting and waiting + request.tokens > self.max_queue_tokens:
                 self.counters.overloaded += 1
-                raise Overloaded(self.drain_s(), tokens, waiting, self.max_queue_tokens)
+                raise Overloaded(self.drain_s(), request.tokens, waiting, self.max_queue_tokens)
             self._pace.arrived(request.arrived)
             self._lanes.add(request, self.latency)
             self._live.add(request)
             # While company is waited for, each wake-up of the thread would cost what waiting for it saves.
             if not (self._paused and self._pace.expects_more and self._lanes.tokens < self.batch_tokens):
                 self._ready.notify()
-
-    def _expire(self, request: Request) -> None:
-        self._settle(request, request.too_late())
 
     def _settle(self, request: Request, error: WorkError | None) -> None:
         """Give a request its result, on the event loop; the first one counts."""
@@ -304,8 +294,7 @@ class Batcher:
         loop.call_soon(self._passes.learn, outcome.reports)  # behind those who now have their result
 
     def _note(self, outcome: Outcome) -> None:
-        self.counters.oom_splits += outcome.oom_splits
-        for report in outcome.reports:
-            self.counters.add(report)
-            if self.on_batch is not None:
+        self.counters.add(outcome)
+        if self.on_batch is not None:
+            for report in outcome.reports:
                 self.on_batch(report)
