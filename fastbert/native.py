@@ -345,6 +345,6 @@ def plan_batches_fwd(lengths: Tensor, budget_tokens: int, max_sequences: int | N
 def plan_concat_fwd(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor, int]:
     """See `fastbert.ops.plan_concat`. Anything with `__index__` is an int; one past 64 bits raises OverflowError."""
     num_tokens = sum(map(len, sequences))
-    ids, positions = torch.empty(2, num_tokens, dtype=torch.int64)
+    ids, positions = torch.empty(num_tokens, dtype=torch.int64), torch.empty(num_tokens, dtype=torch.int64)
     cu_seqlens = torch.empty(len(sequences) + 1, dtype=torch.int32)
     return ids, positions, cu_seqlens, require().concat(sequences, ids, positions, cu_seqlens)

@@ -435,41 +435,95 @@ class Watched(Model):
         return super().compute(batch, outputs, prompt_lengths)
 
 
-async def client(batcher, requests, **options):
+class Connection(asyncio.BaseTransport):
+    def __init__(self):
+        super().__init__()
+        self.closed = False
+
+    def is_closing(self):
+        return self.closed
+
+
+async def client(batcher, requests, connection=None, **options):
     """Asks again when it has its answer, as somebody behind a socket does."""
+    connection = connection or Connection()
     for i in range(requests):
-        done = await batcher.submit(Work([[i + 1, 7]], **options))
+        done = await batcher.submit(Work([[i + 1, 7]], connection=connection, **options))
         assert np.array_equal(done.values[0], value_of([i + 1, 7]))
         await asyncio.sleep(0)
 
 
 def test_who_asks_alone_is_computed_here():
-    model, reports = Watched(), []
+    model, reports, mine = Watched(), [], Connection()
 
     async def main():
-        await client(batcher, 48)
-        assert model.here == [False] * 15 + ([False] + [True] * 15) * 2 + [False]
+        await client(batcher, 48, mine)
+        assert model.here == [False] * 16 + [True] * 32
         assert len(reports) == batcher.counters.batches == 48
+        learned = batcher.latency.num_observed
+        assert learned == 15 + 2, "the first one teaches nothing; of those that were computed here each 16th"
         batcher.latency.coefficients = (30.0, 0.0, 0.0)
-        await client(batcher, 1, deadline=time.monotonic() + 20)
+        await client(batcher, 1, mine, deadline=time.monotonic() + 20)
         assert not model.here[-1], "its time seems too short: the queue's timer watches over it"
-        for work in (Work([[1]] * 40), Work([[1]] * 3)):  # more than a pass holds: of tokens, of sequences
-            assert len((await batcher.submit(work)).values) == len(work.ids)
+        for ids in ([[1]] * 40, [[1]] * 3):  # more than a pass holds: of tokens, of sequences
+            assert len((await batcher.submit(Work(ids, connection=mine))).values) == len(ids)
             assert not model.here[-1]
         with pytest.raises(NonFinite):
-            await batcher.submit(Work([[NAN]]))
+            await batcher.submit(Work([[NAN]], connection=mine))
         with pytest.raises(ComputeFailed, match="broken"):
-            await batcher.submit(Work([[BROKEN]]))
+            await batcher.submit(Work([[BROKEN]], connection=mine))
         assert model.here[-2:] == [True, True]
+        await client(batcher, 1, mine)
+        assert model.here[-1], "who failed is followed as anybody is"
+        assert (batcher.counters.nonfinite, batcher.counters.failed) == (1, 1)
         batcher.latency.coefficients = (90.0, 0.0, 0.0)
-        await client(batcher, 1)
+        await client(batcher, 1, mine)
         assert not model.here[-1], "longer than others may have to wait"
         await batcher.drain()
         with pytest.raises(Draining):
-            await batcher.submit(Work([[1]]))
+            await batcher.submit(Work([[1]], connection=mine))
 
     batcher = Batcher(model, lone_s=60.0, max_batch_sequences=2, on_batch=reports.append)
     asyncio.run(main())
+
+
+def test_who_connects_anew_for_each_request_is_alone_too():
+    model = Watched()
+
+    async def main():
+        for _ in range(20):
+            connection = Connection()
+            await client(batcher, 1, connection)
+            connection.closed = True
+        assert model.here == [False] * 16 + [True] * 4
+
+    batcher = Batcher(model, lone_s=60.0)
+    asyncio.run(main())
+    batcher.close()
+
+
+def test_who_takes_turns_with_others_is_not_alone():
+    """Two who wait for each other's pass are never seen at once where a pass holds up the event loop."""
+    model, mine, other = Watched(), Connection(), Connection()
+
+    async def main():
+        for _ in range(20):
+            await client(batcher, 1, mine)
+            await client(batcher, 1, other)
+        for _ in range(20):
+            await batcher.submit(Work([[1]]))  # nobody knows by what it came
+        assert not any(model.here)
+        await client(batcher, 20, mine)
+        assert model.here[-1]
+        await client(batcher, 1, other)
+        await client(batcher, 16, mine)
+        assert not any(model.here[-17:]), "somebody else was there"
+        await client(batcher, 1, mine)
+        assert model.here[-1]
+
+    batcher = Batcher(model, lone_s=60.0)
+    asyncio.run(main())
+    batcher.close()
 
 
 def test_two_who_ask_at_once_share_passes():
@@ -489,16 +543,19 @@ def test_two_who_ask_at_once_share_passes():
 
 
 def test_nothing_is_computed_here_while_the_thread_computes():
-    model = Watched()
+    model, mine = Watched(), Connection()
 
     async def main():
-        await client(batcher, 47)
+        await client(batcher, 40, mine)
+        assert model.here[-1]
         model.gate.clear()
-        (left,) = await started(batcher.submit(Work([[1]])))  # the 48th goes to the thread
+        batcher.lone_s = 0.0
+        (left,) = await started(batcher.submit(Work([[1]], connection=mine)))
+        batcher.lone_s = 60.0
         await model.inside()
         left.cancel()
         await settled([left])
-        tasks = await started(batcher.submit(Work([[2]])))
+        tasks = await started(batcher.submit(Work([[2]], connection=mine)))
         model.gate.set()
         assert (await tasks[0]).values[0][0] == 2
         assert not model.here[-1]

@@ -105,6 +105,20 @@ def test_a_change_is_seen(change, monkeypatch):
             assert_engine_within_budget(stale, batch_of(stale))
 
 
+def test_a_pinned_model_is_computed_as_it_was():
+    model, other = build("bert"), build("bert")
+    engine = choice.pin(model)
+    before = engine_run(model, batch_of(model))
+    for changed in (model, other):
+        _new_eps(changed)
+        changed.eval()
+    assert torch.equal(engine_run(model, batch_of(model)), before)
+    assert torch.equal(engine.run(batch_of(model)), before)
+    assert not torch.equal(engine_run(other, batch_of(other)), before), "nobody pinned this one"
+    with use_engine("off"):
+        assert choice.pin(build("bert")) is None
+
+
 def test_dtypes_come_and_go():
     model = build("bert")
     first = engine_run(model, batch_of(model))

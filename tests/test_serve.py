@@ -161,7 +161,7 @@ def test_one_after_another_has_the_bits_of_encode(server, client, embedder, monk
     for i in range(40):
         found = _base64(post(client, "/embed", {"inputs": TEXTS[i % 5], "encoding_format": "base64"}).json())
         assert np.array_equal(found[0], exact[i % 5])
-    assert len(threads) == 2, "the loop's and the queue's"
+    assert len(threads) == 2, "the queue's, and then the loop's"
 
 
 def test_openai_client_gets_the_bits_of_encode(server, embedder):

@@ -148,6 +148,9 @@ def test_vectors_alone_are_pooled_in_the_engine_with_the_same_bits(dtype, minilm
     mixed = values(served, rows, output=["tokens", *["vectors", "unit"] * 3, "unit"])
     monkeypatch.setattr(served.base, "encode_packed", lambda batch: pytest.fail("hidden states were asked for"))
     alone = values(served, rows, output=["vectors", *["vectors", "unit"] * 3, "unit"])
+    assert served._unit_vectors is not None
+    monkeypatch.setattr(served, "_unit_vectors", None)
+    np.testing.assert_array_equal(alone, values(served, rows, output=["vectors", *["vectors", "unit"] * 3, "unit"]))
     for one, other in zip(mixed[1:], alone[1:], strict=True):
         np.testing.assert_array_equal(one, other)
     with pytest.raises(pytest.fail.Exception):

@@ -137,6 +137,23 @@ def _warn(reason: str) -> None:
     warnings.warn(f"a model runs as a chain of ops, slower than on an engine: {reason}", stacklevel=2)
 
 
+def pin(model: EncoderModel) -> cpu.Engine | None:
+    """Compute a model on a CPU as it is now for as long as it lives, without a look at whether it has changed, which
+    takes a text of twelve tokens a tenth of its time. For whoever owns the model and changes nothing.
+
+    Returns:
+        Its engine; None where none computes it, and nothing is pinned.
+    """
+    if model.device.type != "cpu":
+        return None
+    with torch.no_grad():
+        engine = _circumstances(model, "cpu") or _engine(model)
+    if not isinstance(engine, cpu.Engine):
+        return None
+    engine.pinned = True
+    return engine
+
+
 def release_weights(model: PreTrainedModel) -> None:
     """Pack an encoder for inference on a CPU, and let the weights go that it no longer needs: those of linear layers.
 

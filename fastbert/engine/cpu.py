@@ -157,11 +157,12 @@ class Engine:
         dtype: of hidden states, results and, unless they have 8 bits, weights; sums are fp32 or exact integers.
         nbytes: memory of the packed weights; tables of embeddings are the model's own.
         released: whether the panels are all that is left of the weights.
+        pinned: whether it counts as fresh without a look; see `fastbert.engine.choice.pin`.
     """
 
     def __init__(self, watch: Watch, weights: dict[str, Any]) -> None:
         self._watch = watch
-        self.released = False
+        self.released = self.pinned = False
         self._tables = [weights[name] for name in ("word", "position", "token_type")]  # the encoder only borrows them
         self._is_float32 = weights["layers"][0]["dense"][0].dtype == torch.float32
         self._high = self._is_float32 and _may_split()
@@ -180,6 +181,8 @@ class Engine:
 
         A write to a few elements through `.data` or NumPy, which torch does not count, may go unseen.
         """
+        if self.pinned:
+            return True
         if self._is_float32 and self._high != _may_split():
             return False
         return parts_of(model) == self._watch.parts and self._watch.same()

@@ -9,6 +9,8 @@ import torch
 
 from fastbert.ops.dispatch import backend_for
 
+_IDS = torch.empty(0, dtype=torch.int64)  # stands for token ids where a backend is chosen
+
 
 def plan_mask_ref(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
     """The specification of `plan_mask`."""
@@ -107,5 +109,5 @@ def plan_concat(sequences: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch
     Raises:
         TypeError: an element is not an int.
     """
-    backend = backend_for("plan_concat", torch.empty(0, dtype=torch.int64))
+    backend = backend_for("plan_concat", _IDS)
     return plan_concat_ref(sequences) if backend is None else backend.plan_concat_fwd(sequences)

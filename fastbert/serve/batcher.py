@@ -14,12 +14,11 @@ from time import monotonic
 from fastbert.serve.deadlines import Deadlines
 from fastbert.serve.lanes import Batch, Lanes, Request
 from fastbert.serve.latency import LatencyModel
-from fastbert.serve.pace import Pace
+from fastbert.serve.pace import Pace, Solo
 from fastbert.serve.passes import BatchReport, Computes, Counters, Outcome, Passes
 from fastbert.serve.work import OUTPUTS, Done, Draining, Overloaded, Work, WorkError
 
 _QUEUE_BATCHES = 32  # full forward passes that may wait, where `max_queue_tokens` does not say
-_ALONE = 16  # requests one at a time before the next one is lone; each 16th goes the usual way, where company is seen
 
 
 class Batcher:
@@ -79,8 +78,8 @@ class Batcher:
         self._pace = Pace()
         self._running_until = 0.0  # when the forward pass under way is expected to end
         self._live: set[Request] = set()
-        self._deadlines = Deadlines(self._live, self._expire)
-        self._alone = 0  # requests in a row that found nobody else here
+        self._deadlines = Deadlines(self._live, lambda request: self._settle(request, request.too_late()))
+        self._solo = Solo()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining = self._closed = False
         self._paused = False  # the thread waits for company, not for work
@@ -140,7 +139,7 @@ class Batcher:
             self.counters.deadline_exceeded += 1
             raise request.too_late()
         if self._is_lone(request):
-            return self._compute_here(request)
+            return self._compute_here(request, loop)
         self._admit(request, loop)
         self._deadlines.watch(work.deadline, loop)
         try:
@@ -155,43 +154,45 @@ class Batcher:
                     self._lanes.remove(request)
 
     def _is_lone(self, request: Request) -> bool:
-        self._alone = 0 if self._live else self._alone + 1
-        if self._alone < _ALONE or self._alone % _ALONE == 0 or self._running_until or self._draining:
+        self._solo.arrived(request.work.connection, bool(self._live))
+        if not self._solo.is_steady or self._running_until or self._draining or request.tokens > self.batch_tokens:
             return False
-        if request.tokens > self.batch_tokens or len(request.lengths) > (self.max_batch_sequences or request.tokens):
+        if self.max_batch_sequences is not None and len(request.lengths) > self.max_batch_sequences:
             return False
         seconds = self.latency.predict(*request.waiting())
         return seconds <= min(self.lone_s, (request.work.deadline or float("inf")) - request.arrived)
 
-    def _compute_here(self, request: Request) -> Done:
-        # The compute thread has nothing to do and is given nothing meanwhile; each 16th request teaches enough.
-        outcome = self._passes.run([(request, i) for i in range(len(request.lengths))])
+    def _compute_here(self, request: Request, loop: asyncio.AbstractEventLoop) -> Done:
+        outcome = self._passes.run([(request, i) for i in range(len(request.lengths))])  # the compute thread is idle
+        for settled, error in outcome.settled:
+            self._settle(settled, error)
+        loop.call_soon(self._note_lone, request, outcome)  # when the answer is on its way
+        return request.future.result()
+
+    def _note_lone(self, request: Request, outcome: Outcome) -> None:
         self._pace.arrived(request.arrived)
         self._pace.answered(1, self.latency, monotonic())
-        self._deliver(outcome)
-        return request.future.result()
+        self._note(outcome)
+        if self._solo.is_sample:
+            self._passes.learn(outcome.reports)
 
     def _admit(self, request: Request, loop: asyncio.AbstractEventLoop) -> None:
         if self._live and loop is not self._loop:
             raise RuntimeError("a batcher belongs to one event loop at a time, but work of another one is under way")
         self._loop = loop
-        tokens = request.tokens
         with self._ready:
             if self._draining:
                 raise Draining("the server is shutting down and accepts no more work")
             waiting = self._lanes.tokens
-            if waiting and waiting + tokens > self.max_queue_tokens:
+            if waiting and waiting + request.tokens > self.max_queue_tokens:
                 self.counters.overloaded += 1
-                raise Overloaded(self.drain_s(), tokens, waiting, self.max_queue_tokens)
+                raise Overloaded(self.drain_s(), request.tokens, waiting, self.max_queue_tokens)
             self._pace.arrived(request.arrived)
             self._lanes.add(request, self.latency)
             self._live.add(request)
             # While company is waited for, each wake-up of the thread would cost what waiting for it saves.
             if not (self._paused and self._pace.expects_more and self._lanes.tokens < self.batch_tokens):
                 self._ready.notify()
-
-    def _expire(self, request: Request) -> None:
-        self._settle(request, request.too_late())
 
     def _settle(self, request: Request, error: WorkError | None) -> None:
         """Give a request its result, on the event loop; the first one counts."""
@@ -286,13 +287,14 @@ class Batcher:
             if not self._loop.is_closed():
                 raise
 
-    def _deliver(self, outcome: Outcome, loop: asyncio.AbstractEventLoop | None = None) -> None:
-        self.counters.oom_splits += outcome.oom_splits
+    def _deliver(self, outcome: Outcome, loop: asyncio.AbstractEventLoop) -> None:
         for request, error in outcome.settled:
             self._settle(request, error)
-        for report in outcome.reports:
-            self.counters.add(report)
-            if self.on_batch is not None:
+        self._note(outcome)
+        loop.call_soon(self._passes.learn, outcome.reports)  # behind those who now have their result
+
+    def _note(self, outcome: Outcome) -> None:
+        self.counters.add(outcome)
+        if self.on_batch is not None:
+            for report in outcome.reports:
                 self.on_batch(report)
-        if loop is not None:
-            loop.call_soon(self._passes.learn, outcome.reports)  # behind those who now have their result

@@ -6,6 +6,7 @@ import threading
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 from hashlib import blake2b
 from typing import Protocol
 
@@ -111,5 +112,4 @@ class CachedBatcher:
 
 def _part(work: Work, rows: Sequence[int]) -> Work:
     types = None if work.type_ids is None else [work.type_ids[row] for row in rows]
-    ids = [work.ids[row] for row in rows]
-    return Work(ids, types, work.output, work.lane, work.deadline, work.prompt_length)
+    return replace(work, ids=[work.ids[row] for row in rows], type_ids=types)

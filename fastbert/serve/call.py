@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ _BRANCHES = {"str", "Document", "texts form", "documents form"}
 
 HEAD = "fastbert.head"  # in a scope whose head was read before
 BODY = "fastbert.body"  # and whose body, within the limit, is here
+CYCLE = "fastbert.cycle"  # uvicorn's side of the request, where it is uvicorn's
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,12 @@ class Call(Request):
                 raise Invalid(f"x-deadline-ms is {text!r:.40}; it is a number of milliseconds above 0", "x-deadline-ms")
             limit = min(limit, asked / 1e3)
         return time.monotonic() + limit - (time.perf_counter() - self.started)
+
+    @property
+    def connection(self) -> asyncio.Transport | None:
+        """What it came by, where that is known."""
+        cycle: RequestResponseCycle | None = self.scope.get(CYCLE)
+        return None if cycle is None else cycle.transport
 
     def lane(self) -> str:
         """The queue of `x-priority`.

@@ -8,9 +8,9 @@ from typing import Any
 import orjson
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from fastbert.serve.call import BODY
+from fastbert.serve.call import BODY, CYCLE
 from fastbert.serve.express import Heads, Known, Run
-from fastbert.serve.gate import CYCLE, GONE, LATE, TASK, Gate
+from fastbert.serve.gate import GONE, LATE, TASK, Gate
 
 MAX_HEADER_BYTES = 64 * 1024
 _TICK_S = 1e-3  # of the event loop's timers

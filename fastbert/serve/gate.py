@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fastbert.serve.call import Answer, Call
+from fastbert.serve.call import CYCLE, Answer, Call
 from fastbert.serve.errors import InternalError, NotReady, Overload, ServeError, SlowBody, render
 from fastbert.serve.records import log_request
 from fastbert.serve.state import State
@@ -34,7 +34,6 @@ CALL = "fastbert.call"
 TASK = "fastbert.task"  # the connection cancels it when the client leaves
 GONE = "fastbert.gone"  # and says so here
 LATE = "fastbert.late"  # or when the body takes longer than these seconds
-CYCLE = "fastbert.cycle"  # uvicorn's side of the request, where it is uvicorn's
 _UNANSWERED = 499
 
 

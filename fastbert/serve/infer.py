@@ -151,7 +151,8 @@ async def submit(
         Invalid: an array for each token or mask would be more numbers than an answer may have.
     """
     _check_size(model, ids, output)
-    done = await _computed(model, Work(ids, type_ids, output, call.lane(), call.deadline(), prompt_length))
+    work = Work(ids, type_ids, output, call.lane(), call.deadline(), prompt_length, call.connection)
+    done = await _computed(model, work)
     call.tokens += done.tokens
     call.stages["queue"] = sum(done.queue_s) / len(ids)
     call.stages["compute"] = sum(done.compute_s) / len(ids)

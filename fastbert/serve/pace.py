@@ -1,6 +1,9 @@
-"""Whether to wait for company before a forward pass: where a launch costs more, and where clients are on their way."""
+"""Whether to wait for company before a forward pass: where a launch costs more, and where clients are on their way; and
+whether there is any."""
 
 from __future__ import annotations
+
+import asyncio
 
 from fastbert.serve.lanes import Lanes
 from fastbert.serve.latency import LatencyModel
@@ -8,6 +11,7 @@ from fastbert.serve.latency import LatencyModel
 _SMOOTHING = 0.1
 _FAITHFUL = 0.75  # share of the clients just answered that must have come back at once, lately, to be waited for
 _LAUNCHES = 2.0  # that waiting for all of them may take
+_ALONE = 16  # requests of one connection and of nobody else, before the next one is lone
 
 
 class Pace:
@@ -75,3 +79,31 @@ class Pace:
         if launch <= latency.marginal(lanes.tokens, lanes.squares) + 2 * gap:
             return 0.0
         return 0.0 if any(now + gap - request.arrived > launch for request in lanes) else gap
+
+
+class Solo:
+    """Whether requests come one after another by one connection, or by a next one after its end.
+
+    Who comes while a pass runs on the event loop's thread is read when it is over: company shows by where requests come
+    from, not by when.
+    """
+
+    def __init__(self) -> None:
+        self._last: asyncio.BaseTransport | None = None
+        self._count = 0
+
+    def arrived(self, connection: asyncio.BaseTransport | None, others: bool) -> None:
+        """A request came, by a connection if that is known; are there `others` under way?"""
+        last, self._last = self._last, connection
+        alone = last is not None and not others and (last is connection or last.is_closing())
+        self._count = self._count + 1 if alone else 0
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether that has been so for a while."""
+        return self._count >= _ALONE
+
+    @property
+    def is_sample(self) -> bool:
+        """Whether this is one of those few that teach enough."""
+        return self._count % _ALONE == 0

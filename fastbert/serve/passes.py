@@ -72,13 +72,15 @@ class Counters:
     failed: int = 0
     oom_splits: int = 0
 
-    def add(self, report: BatchReport) -> None:
-        """Count a forward pass."""
-        self.batches += 1
-        self.sequences += report.sequences
-        self.tokens += report.tokens
-        self.padded_tokens += report.padded_tokens
-        self.compute_s += report.compute_s
+    def add(self, outcome: Outcome) -> None:
+        """Count forward passes."""
+        self.oom_splits += outcome.oom_splits
+        for report in outcome.reports:
+            self.batches += 1
+            self.sequences += report.sequences
+            self.tokens += report.tokens
+            self.padded_tokens += report.padded_tokens
+            self.compute_s += report.compute_s
 
     def failure(self, error: WorkError) -> None:
         """Count a request that has no result."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 from hashlib import blake2b
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from fastbert.embedder import Embedder, position_limit
-from fastbert.engine import release_weights
+from fastbert.engine import pin, release_weights
 from fastbert.engine.dtypes import resolve_device, resolve_dtype
 from fastbert.hub import resolve
 from fastbert.machine import cpu
@@ -26,7 +26,7 @@ from fastbert.models.encoder import EncoderModel
 from fastbert.models.quantize import loaded_dtype, quantize
 from fastbert.packing import PackedBatch
 from fastbert.pooling import Pooling
-from fastbert.sentence_folder import with_dense
+from fastbert.sentence_folder import scales_first, with_dense
 from fastbert.serve import readouts
 from fastbert.serve.kinds import Kind, kind_of
 from fastbert.serve.readouts import Readout
@@ -40,6 +40,7 @@ _HEADS: dict[str, type[AutoClass]] = {
     "fill-mask": AutoModelForMaskedLM,
     "splade": AutoModelForMaskedLM,
 }
+_VECTORS = frozenset(("vectors", "unit"))
 # Half of what `Embedder` takes, at nearly its speed: who comes while a pass is under way waits for its end.
 _TOKENS_PER_THREAD, _TOKENS_PER_GPU = 1024, 16384
 
@@ -91,6 +92,7 @@ class Served:
         self.default_prompt_name = None if embedder is None else embedder.default_prompt_name
         self._readouts = _readouts(kind, model, embedder, self.mask_id)
         self.outputs = frozenset(self._readouts)
+        self._unit_vectors: Callable[[PackedBatch], torch.Tensor] | None = None  # where an engine makes them whole
         self.pooling: str | None = None
         self.dimension: int | None = None
         if embedder is not None:
@@ -148,7 +150,7 @@ class Served:
             served = cls(
                 kind, embedder.model, embedder.tokenizer, dtype, embedder=embedder, num_threads=num_threads, sha=sha
             )
-            return served if keep_weights else served._without_weights()
+            return served._owned(keep_weights)
         if dense_path is not None:
             raise ValueError(
                 f"{root} holds a {kind.name} model: only vectors go through a Dense module, not its answers"
@@ -161,11 +163,15 @@ class Served:
         tokenizer = Tokenizer.from_folder(kind.transformer, limit, length)
         quantize(model.base_model, dtype)
         served = cls(kind, model, tokenizer, dtype, num_threads=num_threads, sha=sha)
-        return served if keep_weights else served._without_weights()
+        return served._owned(keep_weights)
 
-    def _without_weights(self) -> Served:
-        _ = self.fingerprint  # which reads them
-        release_weights(self._model)
+    def _owned(self, keep_weights: bool) -> Served:
+        if not keep_weights:
+            _ = self.fingerprint  # which reads them
+            release_weights(self._model)
+        engine = pin(self.base)  # nobody else has it, and here nothing changes it
+        if engine is not None and self.embedder is not None and _is_plain(self.embedder):
+            self._unit_vectors = partial(engine.run, pooling=self.embedder.pooling.modes[0], unit=True)
         return self
 
     @cached_property
@@ -201,7 +207,6 @@ class Served:
                 digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.digest()
 
-    @torch.inference_mode()
     def compute(
         self, batch: PackedBatch, outputs: Sequence[str], prompt_lengths: Sequence[int] | None = None
     ) -> list[np.ndarray]:
@@ -220,12 +225,20 @@ class Served:
         """
         if self.device.type == "cpu" and torch.get_num_threads() != self.num_threads:
             torch.set_num_threads(self.num_threads)  # OpenMP keeps the number by thread
+        if self._unit_vectors is not None and _VECTORS.issuperset(outputs):
+            return list(self._unit_vectors(batch).numpy())
+        return self._read(batch, outputs, prompt_lengths)
+
+    @torch.inference_mode()
+    def _read(
+        self, batch: PackedBatch, outputs: Sequence[str], prompt_lengths: Sequence[int] | None
+    ) -> list[np.ndarray]:
         if self.device.type != "cpu":
             batch = batch.to(self.device, non_blocking=True)
         lengths = [0] * len(outputs) if prompt_lengths is None else prompt_lengths
         places = {output: [i for i, wanted in enumerate(outputs) if wanted == output] for output in set(outputs)}
         found: dict[int, np.ndarray] = {}
-        if self.embedder is not None and places.keys() <= {"vectors", "unit"} and len(set(lengths)) == 1:
+        if self.embedder is not None and places.keys() <= _VECTORS and len(set(lengths)) == 1:
             pooled_SD, _ = self.embedder.pooled(batch, lengths[0])  # nobody reads hidden states
             for output, rows in places.items():
                 vectors = readouts.vectors_of(self.embedder, pooled_SD, rows, output == "unit")
@@ -244,6 +257,13 @@ class Served:
     def execution_plan(self) -> str:
         """What a forward pass runs on."""
         return self.base.execution_plan()
+
+
+def _is_plain(embedder: Embedder) -> bool:
+    """Whether its vectors are token states pooled and scaled to length 1, and nothing else."""
+    pooling, modules = embedder.pooling, embedder.modules
+    plain = len(pooling.modes) == len(modules) == 1 and pooling.include_prompt and embedder.truncate_dim is None
+    return plain and scales_first(modules)
 
 
 def default_threads() -> int:

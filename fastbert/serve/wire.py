@@ -55,8 +55,8 @@ def openai_json(matrix: np.ndarray, encoding_format: str, model: str, tokens: in
     data = b",".join(
         b'{"object":"embedding","embedding":' + row + b',"index":%d}' % index for index, row in enumerate(rows)
     )
-    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    return b'{"object":"list","data":[' + data + b'],"model":' + dump(model) + b',"usage":' + dump(usage) + b"}"
+    usage = b'{"prompt_tokens":%d,"total_tokens":%d}' % (tokens, tokens)
+    return b'{"object":"list","data":[' + data + b'],"model":' + dump(model) + b',"usage":' + usage + b"}"
 
 
 def _little(array: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,6 +29,7 @@ class Work:
         lane: `interactive`: somebody waits; `bulk`: takes what is left over, and at least a set share of the time.
         deadline: `time.monotonic()` after which the answer is of no use, or None.
         prompt_length: leading tokens of each that belong to a prompt; some models leave them out of `vectors`.
+        connection: what it came by, if that carries one piece of work at a time; None = it is not known.
     """
 
     ids: Sequence[Sequence[int]]
@@ -36,6 +38,7 @@ class Work:
     lane: str = "interactive"
     deadline: float | None = None
     prompt_length: int = 0
+    connection: asyncio.BaseTransport | None = None
 
     def __post_init__(self) -> None:
         if self.output not in OUTPUTS:
