@@ -12,7 +12,8 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -100,18 +101,43 @@ def run(options: dict[str, list[str]], out: Path, threads: int | None) -> int:
     module, *words = ["together", *words] if words[0] in TOGETHER else words
     log = out / f"{'-'.join(options)}.log"
     with log.open("w", encoding="utf-8") as file:
-        command = [sys.executable, "-m", f"benchmarks.{module}", *words]
-        process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, text=True, encoding="utf-8", start_new_session=True
-        )
-        assert process.stdout is not None
+        command, process = [sys.executable, "-m", f"benchmarks.{module}", *words], None
         try:
+            with signals_wait():
+                process = subprocess.Popen(
+                    command,
+                    env=environment,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    encoding="utf-8",
+                    start_new_session=True,
+                )
+            assert process.stdout is not None
             for line in process.stdout:
                 print(line, end="", flush=True)
                 file.write(line)
             return process.wait()
         finally:
-            end(process)
+            if process is not None:
+                end(process)
+
+
+@contextmanager
+def signals_wait() -> Iterator[None]:
+    """SIGINT and SIGTERM that come in the block are raised after it: `Popen` that is interrupted leaves a process that
+    nobody knows."""
+    came: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, frame: came.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
 def end(process: subprocess.Popen[str], patience_s: float = 10.0) -> None:

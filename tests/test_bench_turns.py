@@ -156,6 +156,19 @@ def test_an_interrupted_bench_leaves_nothing_behind(tmp_path, number):
     assert wait_for(lambda: not marked())
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_comes_while_a_process_starts_is_raised_after_it(number):
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
+    try:
+        started = False
+        with pytest.raises((SystemExit, KeyboardInterrupt)), suite.signals_wait():
+            signal.raise_signal(number)
+            started = True
+        assert started
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_short_calls_fill_the_clock():
     calls = []
     harness.interleave({"a": lambda: calls.append(0)}, rounds=1, warmup=1, least_ms=0.05)

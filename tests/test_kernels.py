@@ -283,6 +283,7 @@ FLOAT8 = ("float8_linear", "float8_rows_linear", "float8_gelu", "add_layer_norm_
 # 3.6 and 3.9 differ by up to 50 for one kernel.
 MOST_REGISTERS = {
     "linear": 255,
+    "short_linear": 128,
     "add_layer_norm_bwd": 255,
     "embed_bwd": 160,
     "attention_fwd": 192,
@@ -307,7 +308,7 @@ def _check(kernel: ahead.Compiled) -> None:
     else:
         width = kernel.widest("st") if kernel.kernel == "pool_bwd" else kernel.widest("ld")
         assert width == BYTES_MOVED.get(kernel.kernel, 16), f"{what} moves {width} bytes at a time"
-    if kernel.kernel.startswith(("linear", "attention")):
+    if kernel.kernel.startswith(("linear", "short_linear", "attention")):
         small = kernel.kernel == "attention_dq" and "rel_bias" in kernel.call  # tiles of 32 rows: wgmma needs 64
         meant = "wgmma" if kernel.architecture >= 90 and not small else "mma"
         assert kernel.matrix_instruction == meant, f"{what} multiplies with {kernel.matrix_instruction}, not {meant}"
