@@ -158,15 +158,20 @@ def test_an_interrupted_bench_leaves_nothing_behind(tmp_path, number):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_that_comes_while_a_process_starts_is_raised_after_it(number):
+    started = []
+
+    def start():
+        with suite.signals_wait():
+            signal.raise_signal(number)
+            started.append(number)
+
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
     try:
-        started = False
-        with pytest.raises((SystemExit, KeyboardInterrupt)), suite.signals_wait():
-            signal.raise_signal(number)
-            started = True
-        assert started
+        with pytest.raises((SystemExit, KeyboardInterrupt)):
+            start()
     finally:
         signal.signal(signal.SIGTERM, before)
+    assert started == [number]
 
 
 def test_short_calls_fill_the_clock():
