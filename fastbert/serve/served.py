@@ -233,17 +233,17 @@ class Served:
     def _read(
         self, batch: PackedBatch, outputs: Sequence[str], prompt_lengths: Sequence[int] | None
     ) -> list[np.ndarray]:
-        if self.device.type != "cpu":
-            batch = batch.to(self.device, non_blocking=True)
         lengths = [0] * len(outputs) if prompt_lengths is None else prompt_lengths
         places = {output: [i for i, wanted in enumerate(outputs) if wanted == output] for output in set(outputs)}
         found: dict[int, np.ndarray] = {}
         if self.embedder is not None and places.keys() <= _VECTORS and len(set(lengths)) == 1:
-            pooled_SD, _ = self.embedder.pooled(batch, lengths[0])  # nobody reads hidden states
+            pooled_SD, _ = self.embedder.pooled(batch, lengths[0])  # the engine stages it; nobody reads hidden states
             for output, rows in places.items():
                 vectors = readouts.vectors_of(self.embedder, pooled_SD, rows, output == "unit")
                 found.update(zip(rows, vectors, strict=True))
         else:
+            if self.device.type != "cpu":
+                batch = batch.to(self.device, non_blocking=True)
             encoded = self.base.encode_packed(batch)
             for output, rows in places.items():
                 found.update(zip(rows, self._readouts[output](encoded, rows, lengths), strict=True))
