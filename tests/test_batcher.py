@@ -43,6 +43,7 @@ class Model:
     position_offset = 0
     batch_tokens = 32
     max_length = 64
+    passes_at_once = 1
 
     def __init__(self, memory_tokens=10**9):
         self.memory_tokens = memory_tokens
@@ -50,7 +51,7 @@ class Model:
         self.gate.set()
         self.batches: list[list[list[int]]] = []
 
-    def compute(self, batch, outputs, prompt_lengths=None):
+    def compute(self, batch, outputs, prompt_lengths=None, share=1):
         self.entered.release()
         assert self.gate.wait(30)
         rows = [row.tolist() for row in batch.split(batch.input_ids)]
@@ -430,7 +431,7 @@ class Watched(Model):
         super().__init__()
         self.here: list[bool] = []
 
-    def compute(self, batch, outputs, prompt_lengths=None):
+    def compute(self, batch, outputs, prompt_lengths=None, share=1):
         self.here.append(threading.current_thread() is threading.main_thread())
         return super().compute(batch, outputs, prompt_lengths)
 
@@ -748,12 +749,12 @@ def test_waits_for_clients_that_came_back_so_far(back, each, deadline, waits):
     launch, model, pace = 1e-3, latency(a=1e-3), Pace()
     for cycle in range(-100, 0):  # seven are answered, and ask again in a burst
         now = cycle * 0.1
-        pace.answered(7, model, now)
+        pace.answered(7, 28, model, now)
         for place in range(back):
             pace.arrived(now + (place + 1) * each)
     lanes = Lanes()
     lanes.add(request(4, arrived=0.0, deadline=deadline), model)
-    pace.answered(7, model, 0.0)
+    pace.answered(7, 28, model, 0.0)
     assert (pace.pause_s(lanes, 32, model, 0.0) > 0) is waits
     assert pace.pause_s(lanes, 4, model, 0.0) == 0, "a full batch does not wait"
     assert pace.pause_s(lanes, 32, model, 1.01 * launch) == 0, "nobody waits for longer than a launch"

@@ -275,8 +275,8 @@ def test_nan_is_never_sent(server, client, monkeypatch):
     (model,) = server.state.models
     original = model.served.compute
 
-    def broken(batch, outputs, prompt_lengths=None):
-        values = original(batch, outputs, prompt_lengths)
+    def broken(batch, outputs, prompt_lengths=None, share=1):
+        values = original(batch, outputs, prompt_lengths, share)
         for value, length in zip(values, np.diff(batch.cu_seqlens.numpy()), strict=True):
             value[:1] = np.nan if length == 3 else value[:1]
         return values

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastbert
+from fastbert.engine.cpu import Engine
 from fastbert.models.encoder import Encoded
 from fastbert.packing import pack
 from fastbert.sentence_folder import Dense
@@ -301,6 +302,35 @@ def test_fingerprint_tells_models_apart(embedding, minilm, tiny):
     found = {embedding.fingerprint, other.fingerprint, Served.load(minilm, pooling="cls").fingerprint}
     found |= {Served.load(folder).fingerprint for folder in tiny.values()}
     assert len(found) == 3 + len(tiny)
+
+
+@pytest.mark.parametrize("kind", ["embedding", "classifier", "token-classification"])
+def test_a_pass_on_a_share_of_the_threads_gives_the_same_bits(kind, minilm, tiny, monkeypatch):
+    served = Served.load(tiny.get(kind, minilm), num_threads=4)
+    assert served.passes_at_once == 2
+    threads = []
+    run = Engine.run
+
+    def spied(engine, batch, *args, **options):
+        threads.append(torch.get_num_threads())
+        return run(engine, batch, *args, **options)
+
+    monkeypatch.setattr(Engine, "run", spied)
+    monkeypatch.setattr(served, "_unit_vectors", None)  # which holds the method as it was
+    rows, _ = inputs(n=20)
+    batch = pack(rows, None, served.position_offset)
+    outputs = [next(iter(served.outputs - {"tokens"}))] * len(rows)
+    before = torch.get_num_threads()
+    whole, part = (served.compute(batch, outputs, None, share) for share in (1, 2))
+    assert threads == [4, 2]
+    assert torch.get_num_threads() == 4, "heads are always computed on as many"
+    torch.set_num_threads(before)
+    for a, b in zip(whole, part, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_one_thread_computes_one_pass_at_a_time(tiny):
+    assert Served.load(tiny["classifier"], num_threads=1).passes_at_once == 1
 
 
 def test_threads_are_those_allotted(monkeypatch):

@@ -1,4 +1,4 @@
-"""The queue in front of a model: requests of an event loop in, forward passes on one thread of its own; on the loop's
+"""The queue in front of a model: requests of an event loop in, forward passes on threads of its own; on the loop's
 where one client at a time asks for little.
 
 What is computed next is decided at the moment the device is free; nothing waits for a timer while it is idle.
@@ -11,10 +11,11 @@ import threading
 from collections.abc import Callable
 from time import monotonic
 
+from fastbert.serve.crew import Crew
 from fastbert.serve.deadlines import Deadlines
-from fastbert.serve.lanes import Batch, Lanes, Request
+from fastbert.serve.lanes import Lanes, Request
 from fastbert.serve.latency import LatencyModel
-from fastbert.serve.pace import Pace, Solo
+from fastbert.serve.pace import Solo
 from fastbert.serve.passes import BatchReport, Computes, Counters, Outcome, Passes
 from fastbert.serve.work import OUTPUTS, Done, Draining, Overloaded, Work, WorkError
 
@@ -75,17 +76,20 @@ class Batcher:
         self.counters = Counters()
         self._passes = Passes(served, self.latency)
         self._lanes = Lanes(bulk_share)
-        self._pace = Pace()
-        self._running_until = 0.0  # when the forward pass under way is expected to end
+        self._crew = Crew(
+            served.passes_at_once, self._lanes, self.latency, lambda: self.batch_tokens, max_batch_sequences
+        )
         self._live: set[Request] = set()
         self._deadlines = Deadlines(self._live, lambda request: self._settle(request, request.too_late()))
         self._solo = Solo()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._draining = self._closed = False
-        self._paused = False  # the thread waits for company, not for work
-        self._ready = threading.Condition()
-        self._thread = threading.Thread(target=self._run, name="fastbert-compute", daemon=True)
-        self._thread.start()
+        self._draining = False
+        self._threads = [
+            threading.Thread(target=self._run, args=(number,), name=f"fastbert-compute-{number}", daemon=True)
+            for number in range(served.passes_at_once)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def queue_tokens(self) -> int:
@@ -100,7 +104,7 @@ class Batcher:
     @property
     def oldest_s(self) -> float:
         """How long the oldest of them has been waiting."""
-        with self._ready:
+        with self._crew.lock:
             return max((monotonic() - request.arrived for request in self._lanes), default=0.0)
 
     @property
@@ -116,7 +120,8 @@ class Batcher:
         """Seconds in which all that waits will be computed, as predicted."""
         passes = -(-self._lanes.tokens // self.batch_tokens)
         waiting = passes * self.latency.coefficients[0] + self.latency.marginal(self._lanes.tokens, self._lanes.squares)
-        return waiting + max(0.0, self._running_until - monotonic())
+        ends = [running.until for running in list(self._crew.under_way.values())]
+        return waiting + max(0.0, max(ends, default=0.0) - monotonic())
 
     async def submit(self, work: Work) -> Done:
         """Compute work. A task that is cancelled takes its work back: what is in no forward pass yet is not computed.
@@ -150,12 +155,12 @@ class Batcher:
         finally:
             self._live.discard(request)
             if request.waits:
-                with self._ready:
+                with self._crew.lock:
                     self._lanes.remove(request)
 
     def _is_lone(self, request: Request) -> bool:
         self._solo.arrived(request.work.connection, bool(self._live))
-        if not self._solo.is_steady or self._running_until or self._draining or request.tokens > self.batch_tokens:
+        if not self._solo.is_steady or self._crew.under_way or self._draining or request.tokens > self.batch_tokens:
             return False
         if self.max_batch_sequences is not None and len(request.lengths) > self.max_batch_sequences:
             return False
@@ -163,15 +168,15 @@ class Batcher:
         return seconds <= min(self.lone_s, (request.work.deadline or float("inf")) - request.arrived)
 
     def _compute_here(self, request: Request, loop: asyncio.AbstractEventLoop) -> Done:
-        outcome = self._passes.run([(request, i) for i in range(len(request.lengths))])  # the compute thread is idle
+        outcome = self._passes.run([(request, i) for i in range(len(request.lengths))])  # the threads are idle
         for settled, error in outcome.settled:
             self._settle(settled, error)
         loop.call_soon(self._note_lone, request, outcome)  # when the answer is on its way
         return request.future.result()
 
     def _note_lone(self, request: Request, outcome: Outcome) -> None:
-        self._pace.arrived(request.arrived)
-        self._pace.answered(1, self.latency, monotonic())
+        self._crew.pace.arrived(request.arrived)
+        self._crew.pace.answered(1, request.tokens, self.latency, monotonic())
         self._note(outcome)
         if self._solo.is_sample:
             self._passes.learn(outcome.reports)
@@ -180,19 +185,17 @@ class Batcher:
         if self._live and loop is not self._loop:
             raise RuntimeError("a batcher belongs to one event loop at a time, but work of another one is under way")
         self._loop = loop
-        with self._ready:
+        with self._crew.lock:
             if self._draining:
                 raise Draining("the server is shutting down and accepts no more work")
             waiting = self._lanes.tokens
             if waiting and waiting + request.tokens > self.max_queue_tokens:
                 self.counters.overloaded += 1
                 raise Overloaded(self.drain_s(), request.tokens, waiting, self.max_queue_tokens)
-            self._pace.arrived(request.arrived)
+            self._crew.pace.arrived(request.arrived)
             self._lanes.add(request, self.latency)
             self._live.add(request)
-            # While company is waited for, each wake-up of the thread would cost what waiting for it saves.
-            if not (self._paused and self._pace.expects_more and self._lanes.tokens < self.batch_tokens):
-                self._ready.notify()
+            self._crew.wake()
 
     def _settle(self, request: Request, error: WorkError | None) -> None:
         """Give a request its result, on the event loop; the first one counts."""
@@ -205,26 +208,27 @@ class Batcher:
         request.future.set_exception(error)
 
     async def drain(self, timeout_s: float | None = None) -> bool:
-        """Accept no more, finish what was accepted, stop the thread: in native code it would abort a process that ends.
+        """Accept no more, finish what was accepted, stop the threads, which in native code would abort a process's end.
 
         Returns:
             Whether all was finished within `timeout_s`; what was not fails with `Draining`.
         """
         end = None if timeout_s is None else monotonic() + timeout_s
-        with self._ready:
+        with self._crew.lock:
             self._draining = True
         late: set[asyncio.Future[Done]] = set()
         if self._live:
             _, late = await asyncio.wait([request.future for request in self._live], timeout=timeout_s)
         self.close()
-        await asyncio.to_thread(self._thread.join, None if end is None else max(0.0, end - monotonic()))
+        for thread in self._threads:
+            await asyncio.to_thread(thread.join, None if end is None else max(0.0, end - monotonic()))
         return not late
 
     def close(self) -> None:
         """Stop at once: what waits fails with `Draining`; a forward pass under way is not waited for."""
-        with self._ready:
-            self._draining = self._closed = True
-            self._ready.notify()
+        with self._crew.lock:
+            self._draining = True
+            self._crew.close()
         self._deadlines.close()
         for request in list(self._live):
             self._settle(request, Draining("the server shut down before this was computed"))
@@ -243,40 +247,24 @@ class Batcher:
             await self.submit(Work([[0] * length] * count, output=output))
         self.on_batch, self.counters = on_batch, Counters()
 
-    # On the compute thread.
+    # On the compute threads.
 
-    def _run(self) -> None:
+    def _run(self, number: int) -> None:
         while True:
-            with self._ready:
-                batch = self._next()
-            if batch is None:
+            with self._crew.lock:
+                found = self._crew.next(number)
+            if found is None:
                 return
-            outcome = self._passes.run(batch.parts)
+            batch, share = found
+            outcome = self._passes.run(batch.parts, share)
             outcome.settled += [(request, request.too_late()) for request in batch.expired]
-            with self._ready:
+            with self._crew.lock:
                 for request, error in outcome.settled:
                     if error is not None:  # what else it has waiting is not computed
                         self._lanes.remove(request)
-                self._pace.answered(len(outcome.settled), self.latency, monotonic())
-            self._running_until = 0.0
+                tokens = sum(request.tokens for request, _ in outcome.settled)
+                self._crew.ended(number, len(outcome.settled), tokens)
             self._hand_over(outcome)
-
-    def _next(self) -> Batch | None:
-        """Wait for work and take a batch of it; None = stop. The lock is held."""
-        while not self._closed:
-            now = monotonic()
-            pause_s = None
-            if self._lanes.tokens:
-                pause_s = self._pace.pause_s(self._lanes, self.batch_tokens, self.latency, now)
-            if pause_s is None or pause_s > 0:
-                self._paused = pause_s is not None
-                self._ready.wait(pause_s)
-                continue
-            self._paused = False
-            batch = self._lanes.take(self.batch_tokens, self.max_batch_sequences, self.latency, now)
-            self._running_until = now + self.latency.predict(batch.tokens, batch.squares)
-            return batch
-        return None
 
     def _hand_over(self, outcome: Outcome) -> None:
         """Cross to the event loop, once for the whole batch."""

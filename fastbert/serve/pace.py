@@ -10,7 +10,9 @@ from fastbert.serve.latency import LatencyModel
 
 _SMOOTHING = 0.1
 _FAITHFUL = 0.75  # share of the clients just answered that must have come back at once, lately, to be waited for
-_LAUNCHES = 2.0  # that waiting for all of them may take
+# How many launches waiting for the next of them, and for all of them, may take: on a device of its own, which stands
+# still meanwhile, and on cores that the event loop needs to read what they send.
+_WAIT_APART, _WAIT_SHARED = (1.0, 2.0), (2.0, 8.0)
 _ALONE = 16  # requests of one connection and of nobody else, before the next one is lone
 
 
@@ -23,13 +25,17 @@ class Pace:
     Clients that always wait for an answer come back in a burst. Without waiting for it those whom a pass has left over
     are computed alone, and the burst is read from the sockets on cores that compute: a launch more a round, and every
     thread of the pass held up. Where clients came back so far, and all of them are soon here, they are waited for.
+
+    Args:
+        shares_cores: whether passes are computed on the event loop's cores.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shares_cores: bool = False) -> None:
+        self._for_next, self._for_all = _WAIT_SHARED if shares_cores else _WAIT_APART
         self._gap_s = 1.0
         self._last: float | None = None
         self._window_s = self._answered_at = self._back_at = 0.0
-        self._answered = self._back = 0
+        self._answered = self._back = self._tokens = 0
         self._share, self._each_s = 0.0, 0.0  # of the answered that came back, and the time that each of them took
 
     def arrived(self, now: float) -> None:
@@ -40,25 +46,33 @@ class Pace:
         if self._back < self._answered and now - self._back_at <= self._window_s:
             self._back, self._back_at = self._back + 1, now
 
-    def answered(self, count: int, latency: LatencyModel, now: float) -> None:
-        """A pass has ended, and so many requests with it."""
+    def answered(self, count: int, tokens: int, latency: LatencyModel, now: float) -> None:
+        """A pass has ended, and so many requests with it, which had so many tokens."""
+        if self._back < self._answered and now - self._back_at <= self._window_s:  # of another pass, and still expected
+            self._answered, self._tokens, self._back_at = self._answered + count, self._tokens + tokens, now
+            return
         if self._answered:
             self._share += _SMOOTHING * (self._back / self._answered - self._share)
         if self._back:
             each_s = (self._back_at - self._answered_at) / self._back
             self._each_s += _SMOOTHING * (each_s - self._each_s)
-        self._answered, self._back = count, 0
+        self._answered, self._back, self._tokens = count, 0, tokens
         self._answered_at = self._back_at = now
-        self._window_s = latency.coefficients[0]
+        self._window_s = self._for_next * latency.coefficients[0]
 
     @property
     def expects_more(self) -> bool:
         """Whether some of those who were just answered should come back yet."""
         return self._share >= _FAITHFUL and self._back < self._answered
 
-    def pause_s(self, lanes: Lanes, batch_tokens: int, latency: LatencyModel, now: float) -> float:
-        """Seconds to wait for one more request; 0 = start now."""
-        if self._last is None or not latency.is_fitted or lanes.tokens >= batch_tokens:
+    @property
+    def returning_tokens(self) -> int:
+        """Tokens with which those should come back, if they ask for as much again."""
+        return self._tokens * (self._answered - self._back) // self._answered if self.expects_more else 0
+
+    def pause_s(self, lanes: Lanes, enough: int, latency: LatencyModel, now: float) -> float:
+        """Seconds to wait for one more request; 0 = start now. With `enough` tokens nobody is waited for."""
+        if self._last is None or not latency.is_fitted or lanes.tokens >= enough:
             return 0.0
         pause = max(self._returning_s(latency, now), self._next_s(lanes, latency, now))
         latest = now + pause + latency.predict(lanes.tokens, lanes.squares) * latency.spread
@@ -67,10 +81,10 @@ class Pace:
 
     def _returning_s(self, latency: LatencyModel, now: float) -> float:
         """Until the next of those that were just answered should be back."""
-        missing, launch = self._answered - self._back, latency.coefficients[0]
-        if self._share < _FAITHFUL or missing * self._each_s > _LAUNCHES * launch:
+        missing = self._answered - self._back
+        if self._share < _FAITHFUL or missing * self._each_s > self._for_all * latency.coefficients[0]:
             return 0.0
-        return max(0.0, self._back_at + launch - now) if missing else 0.0
+        return max(0.0, self._back_at + self._window_s - now) if missing else 0.0
 
     def _next_s(self, lanes: Lanes, latency: LatencyModel, now: float) -> float:
         """Until anybody should come."""

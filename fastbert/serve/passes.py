@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import isfinite
@@ -16,6 +17,8 @@ from fastbert.serve.lanes import Batch, Request
 from fastbert.serve.latency import LatencyModel
 from fastbert.serve.work import ComputeFailed, DeadlineExceeded, NonFinite, WorkError
 
+_SETTLED, _SELDOM = 64, 4  # after so many passes the latency model learns from each fourth only
+
 
 class Computes(Protocol):
     """What is needed of a model; `fastbert.serve.served.Served` is one.
@@ -25,10 +28,12 @@ class Computes(Protocol):
         max_length: tokens of the longest sequence.
         position_offset: position of each sequence's first token.
         batch_tokens: tokens of a forward pass that its device is good at.
+        passes_at_once: passes that may share the device, each computed by a thread of its own.
     """
 
     outputs: frozenset[str]
     batch_tokens: int
+    passes_at_once: int
 
     @property
     def position_offset(self) -> int:
@@ -39,14 +44,15 @@ class Computes(Protocol):
         """Tokens of the longest sequence."""
 
     def compute(
-        self, batch: PackedBatch, outputs: Sequence[str], prompt_lengths: Sequence[int] | None = None
+        self, batch: PackedBatch, outputs: Sequence[str], prompt_lengths: Sequence[int] | None = None, share: int = 1
     ) -> list[np.ndarray]:
-        """One float32 array a sequence."""
+        """One float32 array a sequence, by a pass that leaves room for `share - 1` others."""
 
 
 @dataclass(frozen=True)
 class BatchReport:
-    """A forward pass: `squares` is of its lengths, `padded_tokens` what padding to the longest would have computed."""
+    """A forward pass: `squares` is of its lengths, `padded_tokens` what padding to the longest would have computed, and
+    `share` how many passes had the device together."""
 
     sequences: int
     tokens: int
@@ -54,6 +60,7 @@ class BatchReport:
     padded_tokens: int
     compute_s: float
     predicted_s: float
+    share: int
 
 
 @dataclass
@@ -99,7 +106,7 @@ class Outcome:
 
 
 class Passes:
-    """Runs batches on a model; `run` belongs to one thread at a time.
+    """Runs batches on a model.
 
     Attributes:
         latency: learns from passes, when it is told to.
@@ -110,32 +117,34 @@ class Passes:
         self.served = served
         self.latency = latency
         self.memory_tokens = float("inf")
-        self._warm = False
+        self._seen = 0
+        self._recording = threading.Lock()  # parts of one request may be in passes that end at the same time
 
-    def run(self, parts: Sequence[tuple[Request, int]]) -> Outcome:
-        """Compute sequences of requests, together."""
+    def run(self, parts: Sequence[tuple[Request, int]], share: int = 1) -> Outcome:
+        """Compute sequences of requests, together, as one of the passes that share the device."""
         outcome = Outcome()
-        self._run(parts, outcome)
+        self._run(parts, share, outcome)
         return outcome
 
     def learn(self, reports: Sequence[BatchReport]) -> None:
         """Learn what passes take; nobody who waits for an answer should wait for this."""
         for report in reports:
-            if self._warm:  # the first pass packs weights and loads kernels: it is like no other
-                self.latency.observe(report.tokens, report.squares, report.compute_s)
-            self._warm = True
+            # The first pass packs weights and loads kernels: it is like no other. Later a few of them teach enough.
+            if self._seen and (self.latency.num_observed < _SETTLED or self._seen % _SELDOM == 0):
+                self.latency.observe(report.tokens, report.squares, report.compute_s / report.share)
+            self._seen += 1
             self.memory_tokens *= 1.01  # what did not fit once may fit later
 
-    def _run(self, parts: Sequence[tuple[Request, int]], outcome: Outcome) -> None:
+    def _run(self, parts: Sequence[tuple[Request, int]], share: int, outcome: Outcome) -> None:
         """Compute parts; where memory does not suffice, the halves of them."""
         batch = Batch.of([(r, i) for r, i in parts if not (r.failed or r.future.done())])
         if not batch.parts:
             return
         start = monotonic()
-        values = self._forward(batch.parts)
+        values = self._forward(batch.parts, share)
         seconds = monotonic() - start
         if not isinstance(values, ComputeFailed):
-            self._report(batch, seconds, outcome)
+            self._report(batch, seconds, share, outcome)
             self._record(batch.parts, values, start, seconds, outcome)
         elif isinstance(values.__cause__, MemoryError) and len(batch.parts) > 1:
             outcome.oom_splits += 1
@@ -143,13 +152,13 @@ class Passes:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             middle = len(batch.parts) // 2
-            self._run(batch.parts[:middle], outcome)
-            self._run(batch.parts[middle:], outcome)
+            self._run(batch.parts[:middle], share, outcome)
+            self._run(batch.parts[middle:], share, outcome)
         else:
             for request in dict.fromkeys(request for request, _ in batch.parts):
                 _fail(request, values, outcome)
 
-    def _forward(self, parts: Sequence[tuple[Request, int]]) -> list[np.ndarray] | ComputeFailed:
+    def _forward(self, parts: Sequence[tuple[Request, int]], share: int) -> list[np.ndarray] | ComputeFailed:
         """The values of parts. An error comes back without its traceback, which would keep the batch's memory."""
         works = [request.work for request, _ in parts]
         try:
@@ -157,7 +166,7 @@ class Passes:
             if any(work.type_ids is not None for work in works):
                 types = [[0] * r.lengths[i] if r.work.type_ids is None else r.work.type_ids[i] for r, i in parts]
             batch = pack([r.work.ids[i] for r, i in parts], types, self.served.position_offset)
-            values = self.served.compute(batch, [w.output for w in works], [w.prompt_length for w in works])
+            values = self.served.compute(batch, [w.output for w in works], [w.prompt_length for w in works], share)
             if len(values) != len(parts):
                 raise RuntimeError(f"the model returned {len(values)} values for {len(parts)} sequences")
             return values
@@ -166,10 +175,10 @@ class Passes:
             failed.__cause__ = MemoryError(str(error)) if is_out_of_memory(error) else error.with_traceback(None)
             return failed
 
-    def _report(self, batch: Batch, seconds: float, outcome: Outcome) -> None:
-        predicted = self.latency.predict(batch.tokens, batch.squares)
+    def _report(self, batch: Batch, seconds: float, share: int, outcome: Outcome) -> None:
+        predicted = self.latency.predict(batch.tokens, batch.squares) * share
         padded = max(request.lengths[i] for request, i in batch.parts) * len(batch.parts)
-        report = BatchReport(len(batch.parts), batch.tokens, batch.squares, padded, seconds, predicted)
+        report = BatchReport(len(batch.parts), batch.tokens, batch.squares, padded, seconds, predicted, share)
         outcome.reports.append(report)
 
     def _record(
@@ -181,17 +190,18 @@ class Passes:
         outcome: Outcome,
     ) -> None:
         bad: dict[Request, list[int]] = {}
-        for (request, i), value in zip(parts, values, strict=True):
-            request.values[i], request.compute_s[i] = value, seconds
-            request.queue_s[i] = start - request.arrived
-            request.unfinished -= 1
-            if not is_finite(value):
-                bad.setdefault(request, []).append(i)
-        for request in dict.fromkeys(request for request, _ in parts):
-            if request in bad:
-                _fail(request, NonFinite(bad[request]), outcome)
-            elif not request.unfinished:
-                outcome.settled.append((request, None))
+        with self._recording:
+            for (request, i), value in zip(parts, values, strict=True):
+                request.values[i], request.compute_s[i] = value, seconds
+                request.queue_s[i] = start - request.arrived
+                request.unfinished -= 1
+                if not is_finite(value):
+                    bad.setdefault(request, []).append(i)
+            for request in dict.fromkeys(request for request, _ in parts):
+                if request in bad:
+                    _fail(request, NonFinite(bad[request]), outcome)
+                elif not request.unfinished and not request.failed:
+                    outcome.settled.append((request, None))
 
 
 def _fail(request: Request, error: WorkError, outcome: Outcome) -> None:

@@ -16,7 +16,7 @@ from fastbert.embedder import Embedder
 from fastbert.models.encoder import Encoded
 from fastbert.packing import PackedBatch
 from fastbert.sentence_folder import finished
-from fastbert.serve.kinds import Splade
+from fastbert.serve.kinds import Kind, Splade
 
 Tensor = torch.Tensor
 # (encoded batch, which of its sequences, prompt lengths of all of them) -> float32, one for each of these sequences
@@ -100,6 +100,23 @@ def sparse(model: Any, splade: Splade) -> Readout:
         return (weights.log1p() if splade.activation == "log1p_relu" else weights).sum(dim=0)
 
     return read
+
+
+def of_kind(kind: Kind, model: Any, embedder: Embedder | None, mask_id: int | None) -> dict[str, Readout]:
+    """The readout for each output that a kind of model has."""
+    found: dict[str, Readout] = {"tokens": tokens}
+    if embedder is not None:
+        found["vectors"], found["unit"] = vectors(embedder, False), vectors(embedder, True)
+    elif kind.name in ("classifier", "reranker"):
+        found["logits"] = sequence_logits(model)
+    elif kind.name == "token-classification":
+        found["logits"] = token_logits(model)
+    elif kind.name == "splade":
+        assert kind.splade is not None
+        found["sparse"] = sparse(model, kind.splade)
+    if kind.name in ("fill-mask", "splade") and mask_id is not None:
+        found["mask"] = mask_logits(model, mask_id)
+    return found
 
 
 def _singles(encoded: Encoded, rows: Sequence[int]) -> Iterator[Encoded]:

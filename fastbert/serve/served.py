@@ -29,7 +29,6 @@ from fastbert.pooling import Pooling
 from fastbert.sentence_folder import scales_first, with_dense
 from fastbert.serve import readouts
 from fastbert.serve.kinds import Kind, kind_of
-from fastbert.serve.readouts import Readout
 from fastbert.tokenizer import Tokenizer
 from fastbert.weights import read_json
 
@@ -46,7 +45,7 @@ _TOKENS_PER_THREAD, _TOKENS_PER_GPU = 1024, 16384
 
 
 class Served:
-    """A model that is served. `compute` belongs to one thread at a time; all else may be read from any.
+    """A model that is served. `compute` belongs to `passes_at_once` threads at a time; all else may be read from any.
 
     Attributes:
         kind: `embedding`, `splade`, `classifier`, `reranker`, `token-classification` or `fill-mask`.
@@ -62,6 +61,7 @@ class Served:
         sha: commit on the hub, where the folder is a snapshot of it.
         num_threads: of a forward pass on a CPU.
         batch_tokens: tokens of a forward pass that its device is good at.
+        passes_at_once: passes that may share a CPU's threads: two where an engine computes them, else one.
         embedder: of the kind `embedding`.
     """
 
@@ -90,7 +90,7 @@ class Served:
         self.id2label: Mapping[int, str] = model.config.id2label if kind.name in _HEADS else {}
         self.prompts: Mapping[str, str] = {} if embedder is None else embedder.prompts
         self.default_prompt_name = None if embedder is None else embedder.default_prompt_name
-        self._readouts = _readouts(kind, model, embedder, self.mask_id)
+        self._readouts = readouts.of_kind(kind, model, embedder, self.mask_id)
         self.outputs = frozenset(self._readouts)
         self._unit_vectors: Callable[[PackedBatch], torch.Tensor] | None = None  # where an engine makes them whole
         self.pooling: str | None = None
@@ -102,6 +102,7 @@ class Served:
             self.dimension, self.pooling = vocab_size, "splade"
         on_cpu = self.device.type == "cpu"
         self.batch_tokens = _TOKENS_PER_THREAD * self.num_threads if on_cpu else _TOKENS_PER_GPU
+        self.passes_at_once = 1
 
     @classmethod
     def load(
@@ -170,6 +171,7 @@ class Served:
             _ = self.fingerprint  # which reads them
             release_weights(self._model)
         engine = pin(self.base)  # nobody else has it, and here nothing changes it
+        self.passes_at_once = 1 if engine is None or self.num_threads == 1 else 2
         if engine is not None and self.embedder is not None and _is_plain(self.embedder):
             self._unit_vectors = partial(engine.run, pooling=self.embedder.pooling.modes[0], unit=True)
         return self
@@ -208,7 +210,7 @@ class Served:
         return digest.digest()
 
     def compute(
-        self, batch: PackedBatch, outputs: Sequence[str], prompt_lengths: Sequence[int] | None = None
+        self, batch: PackedBatch, outputs: Sequence[str], prompt_lengths: Sequence[int] | None = None, share: int = 1
     ) -> list[np.ndarray]:
         """One forward pass.
 
@@ -219,12 +221,12 @@ class Served:
             batch: S sequences, on the CPU.
             outputs: what each of them is computed for, of `self.outputs`.
             prompt_lengths: leading tokens of each that belong to a prompt; None = 0.
+            share: passes that share the threads of a CPU: this one is encoded on as large a part of them.
 
         Returns:
             S float32 arrays; see `fastbert.serve.work.Work` for their shapes.
         """
-        if self.device.type == "cpu" and torch.get_num_threads() != self.num_threads:
-            torch.set_num_threads(self.num_threads)  # OpenMP keeps the number by thread
+        self._use_threads(share)
         if self._unit_vectors is not None and _VECTORS.issuperset(outputs):
             return list(self._unit_vectors(batch).numpy())
         return self._read(batch, outputs, prompt_lengths)
@@ -238,6 +240,7 @@ class Served:
         found: dict[int, np.ndarray] = {}
         if self.embedder is not None and places.keys() <= _VECTORS and len(set(lengths)) == 1:
             pooled_SD, _ = self.embedder.pooled(batch, lengths[0])  # the engine stages it; nobody reads hidden states
+            self._use_threads(1)
             for output, rows in places.items():
                 vectors = readouts.vectors_of(self.embedder, pooled_SD, rows, output == "unit")
                 found.update(zip(rows, vectors, strict=True))
@@ -245,9 +248,16 @@ class Served:
             if self.device.type != "cpu":
                 batch = batch.to(self.device, non_blocking=True)
             encoded = self.base.encode_packed(batch)
+            self._use_threads(1)  # a BLAS may round differently with their number
             for output, rows in places.items():
                 found.update(zip(rows, self._readouts[output](encoded, rows, lengths), strict=True))
         return [found[row] for row in range(len(outputs))]
+
+    def _use_threads(self, share: int) -> None:
+        """Of the thread that computes: OpenMP keeps the number by thread."""
+        wanted = -(-self.num_threads // share)
+        if self.device.type == "cpu" and torch.get_num_threads() != wanted:
+            torch.set_num_threads(wanted)
 
     @property
     def skips_prompt(self) -> bool:
@@ -269,22 +279,6 @@ def _is_plain(embedder: Embedder) -> bool:
 def default_threads() -> int:
     """Threads of a CPU forward pass: torch's setting (physical cores, `OMP_NUM_THREADS`), no more than are allotted."""
     return min(torch.get_num_threads(), cpu().usable)
-
-
-def _readouts(kind: Kind, model: Any, embedder: Embedder | None, mask_id: int | None) -> dict[str, Readout]:
-    found: dict[str, Readout] = {"tokens": readouts.tokens}
-    if embedder is not None:
-        found["vectors"], found["unit"] = readouts.vectors(embedder, False), readouts.vectors(embedder, True)
-    elif kind.name in ("classifier", "reranker"):
-        found["logits"] = readouts.sequence_logits(model)
-    elif kind.name == "token-classification":
-        found["logits"] = readouts.token_logits(model)
-    elif kind.name == "splade":
-        assert kind.splade is not None
-        found["sparse"] = readouts.sparse(model, kind.splade)
-    if kind.name in ("fill-mask", "splade") and mask_id is not None:
-        found["mask"] = readouts.mask_logits(model, mask_id)
-    return found
 
 
 def _mask_id(tokenizer: Tokenizer) -> int | None:
