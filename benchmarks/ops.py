@@ -160,7 +160,7 @@ class Bench:
         providers = {}
         for b in dict.fromkeys(chain.from_iterable(able.values())):
             whats = [what for what, backends in able.items() if b in backends]
-            providers[b] = stack.enter_context(Provider(b, caller, b, self.device, whats, is_light=True))
+            providers[b] = stack.enter_context(Provider(b, caller, b, self.device, whats))
         return [
             Cell(what, [providers[b] for b in backends], warm=what, warm_ms=WARM_MS, least_ms=LEAST_MS)
             for what, backends in able.items()

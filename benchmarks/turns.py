@@ -37,19 +37,16 @@ class Failed(RuntimeError):
 class Provider:
     """One provider in its process: `make(*arguments)` there gives the function that it is called for.
 
-    Args:
-        is_light: starting anew costs little, so it does in the middle of each part of a run, too.
-
     Raises:
         Failed: it does not load.
     """
 
-    def __init__(self, name: str, make: Callable[..., Call], *arguments: Any, is_light: bool = False) -> None:
+    def __init__(self, name: str, make: Callable[..., Call], *arguments: Any) -> None:
         methods = multiprocessing.get_all_start_methods()
         context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
         if "forkserver" in methods:  # imported once, before any thread runs; and the server itself follows us
             context.set_forkserver_preload(["benchmarks.follow", "benchmarks.providers", "transformers"])
-        self.name, self.is_light = name, is_light
+        self.name = name
         self._start = partial(self._started, context, make, arguments)
         self._start()
 
@@ -194,8 +191,7 @@ def take_turns(cells: Sequence[Cell], seconds: float, parts: int = 1) -> list[Ti
 
     Args:
         seconds: for all together, starts left out; beyond them only for two samples a part.
-        parts: of the same number of rounds; between them every provider gets a new process, and in their middle the
-            light ones do.
+        parts: of the same number of rounds; between them every provider gets a new process.
 
     Raises:
         Failed: a provider does not load again.
@@ -212,32 +208,20 @@ def take_turns(cells: Sequence[Cell], seconds: float, parts: int = 1) -> list[Ti
                 for provider in rng.sample(cell.providers, len(cell.providers)):
                     found[provider.name].append(provider.time(cell))
 
-    def renew(chosen: Sequence[Provider]) -> None:
-        for provider in chosen:
-            provider.restart()
-        for cell in cells:
-            for provider in cell.providers:
-                if provider in chosen:
-                    provider.call(cell.given)  # what compiles does so now
-
-    light = [provider for provider in providers.values() if provider.is_light and parts > 1]
-    part_s, least = seconds / parts, 2 * max(cell.every // unit for cell in cells)
     with harness.progress("measuring") as progress:
-        start, rounds, middle = time.perf_counter(), 0, 0
-        while rounds < least or time.perf_counter() - start < part_s:
-            if not middle and 2 * rounds >= least and 2 * (time.perf_counter() - start) >= part_s:
-                middle, stopped = rounds, time.perf_counter()
-                renew(light)
-                start += time.perf_counter() - stopped
+        start, rounds, least = time.perf_counter(), 0, 2 * max(cell.every // unit for cell in cells)
+        while rounds < least or time.perf_counter() - start < seconds / parts:
             a_round(rounds)
             rounds += 1
-            done = min(rounds / least, (time.perf_counter() - start) / max(part_s, 1e-9), 1.0)
+            done = min(rounds / least, (time.perf_counter() - start) / max(seconds / parts, 1e-9), 1.0)
             progress(done / parts)
         for part in range(1, parts):
-            renew(list(providers.values()))
+            for provider in providers.values():
+                provider.restart()
+            for cell in cells:
+                for provider in cell.providers:
+                    provider.call(cell.given)  # what compiles does so now
             for number in range(rounds):
-                if number == middle:
-                    renew(light)
                 a_round(number)
                 progress((part + (number + 1) / rounds) / parts)
     return times

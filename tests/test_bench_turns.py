@@ -84,24 +84,6 @@ def test_who_has_no_turn_is_stopped():
 
 
 @linux
-def test_light_providers_start_anew_in_the_middle_of_a_part_too(monkeypatch):
-    log = []
-    restart, timed = turns.Provider.restart, turns.Provider.time
-    monkeypatch.setattr(turns.Provider, "restart", lambda self: log.append(self.name.upper()) or restart(self))
-    monkeypatch.setattr(turns.Provider, "time", lambda self, cell: log.append(self.name) or timed(self, cell))
-    with turns.Provider("l", slow_lengths, 0.1, is_light=True) as light, turns.Provider("h", slow_lengths, 0.1) as h:
-        cell = turns.Cell(["a"], [light, h], ["a"], every=4)
-        other = turns.Cell(["b"], [light], ["b"], every=2)
-        turns.take_turns([cell, other], seconds=0.0, parts=2)
-        assert [name for name in log if name in "LH"] == ["L", "L", "H", "L"]
-        pieces = "".join(log).replace("LH", "|").replace("L", "|").split("|")
-        assert [piece.count("l") for piece in pieces] == [3, 3, 3, 3], "each process has the same share of the rounds"
-        log.clear()
-        turns.take_turns([cell], seconds=0.0)
-        assert set(log) == {"l", "h"}, "a look has one process"
-
-
-@linux
 def test_suites_take_turns_in_each_round_and_keep_their_samples(monkeypatch):
     order, finished = [], {}
     monkeypatch.setattr(turns.Provider, "time", lambda self, cell: order.append(cell.given) or float(cell.given))
