@@ -329,8 +329,9 @@ def test_a_pass_on_a_share_of_the_threads_gives_the_same_bits(kind, minilm, tiny
         np.testing.assert_array_equal(a, b)
 
 
-def test_one_thread_computes_one_pass_at_a_time(tiny):
-    assert Served.load(tiny["classifier"], num_threads=1).passes_at_once == 1
+@pytest.mark.parametrize("threads", [1, 3])
+def test_what_has_no_halves_computes_one_pass_at_a_time(tiny, threads):
+    assert Served.load(tiny["classifier"], num_threads=threads).passes_at_once == 1
 
 
 def test_threads_are_those_allotted(monkeypatch):

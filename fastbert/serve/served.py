@@ -61,7 +61,7 @@ class Served:
         sha: commit on the hub, where the folder is a snapshot of it.
         num_threads: of a forward pass on a CPU.
         batch_tokens: tokens of a forward pass that its device is good at.
-        passes_at_once: passes that may share a CPU's threads: two where an engine computes them, else one.
+        passes_at_once: passes that may share a CPU's threads: two where an engine computes on an even number, else one.
         embedder: of the kind `embedding`.
     """
 
@@ -171,7 +171,7 @@ class Served:
             _ = self.fingerprint  # which reads them
             release_weights(self._model)
         engine = pin(self.base)  # nobody else has it, and here nothing changes it
-        self.passes_at_once = 1 if engine is None or self.num_threads == 1 else 2
+        self.passes_at_once = 1 if engine is None or self.num_threads % 2 else 2
         if engine is not None and self.embedder is not None and _is_plain(self.embedder):
             self._unit_vectors = partial(engine.run, pooling=self.embedder.pooling.modes[0], unit=True)
         return self
