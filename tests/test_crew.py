@@ -76,15 +76,27 @@ async def submitted(batcher, rows):
     return tasks
 
 
+async def halved(model, rows):
+    """A batcher in two passes over requests that came while it was in one over another; their tasks, that one's first."""
+    batcher = Batcher(model)
+    tasks = await submitted(batcher, requests(1))
+    await model.inside()
+    tasks += await submitted(batcher, rows)
+    model.release(model.passes[0][1])
+    await model.inside()
+    await model.inside()
+    return batcher, tasks
+
+
 def requests(count, first=2, tokens=20):
     return [[[first + i] * tokens] for i in range(count)]
 
 
-def crew_of(size, tokens):
-    """A crew with so many tokens waiting, each of which takes a millisecond."""
+def crew_of(size, *waiting):
+    """A crew with requests of so many tokens waiting, each of which takes a millisecond."""
     latency, lanes = LatencyModel(), Lanes()
     latency.coefficients = (0.0, 1e-3, 0.0)
-    if tokens:
+    for tokens in waiting:
         lanes.add(Request(Work([[1] * tokens]), asyncio.Future(loop=LOOP), 0.0), latency)
     return Crew(size, lanes, latency, lambda: 512, None)
 
@@ -93,7 +105,7 @@ LOOP = asyncio.new_event_loop()
 
 
 def test_who_begins_what():
-    little, much = crew_of(2, 8), crew_of(2, 40)
+    little, much = crew_of(2, 4, 4), crew_of(2, 20, 20)
     assert [crew._share(thread) for crew in (little, much) for thread in (0, 1)] == [1, 0, 2, 0]
     much.under_way[0] = UnderWay(1, 10, 0.0)
     assert much._share(1) == 0, "the device is another's"
@@ -103,7 +115,8 @@ def test_who_begins_what():
     del little.under_way[0]
     little.under_way[1] = UnderWay(2, 10, 0.0)
     assert little._share(0) == 2
-    assert crew_of(1, 8)._share(0) == crew_of(1, 40)._share(0) == 1
+    assert crew_of(1, 4, 4)._share(0) == crew_of(1, 20, 20)._share(0) == 1
+    assert crew_of(2, 40)._share(0) == 1, "a request alone has the whole device, however long it is"
 
 
 def test_little_is_computed_by_all_cores_and_nobody_begins_beside_it(model):
@@ -123,13 +136,7 @@ def test_little_is_computed_by_all_cores_and_nobody_begins_beside_it(model):
 
 def test_much_is_computed_by_two_passes_with_a_half_each(model):
     async def main():
-        batcher = Batcher(model)
-        tasks = await submitted(batcher, requests(1))
-        await model.inside()
-        tasks += await submitted(batcher, requests(16, first=50))  # 320 tokens wait
-        model.release(model.passes[0][1])
-        await model.inside()
-        await model.inside()
+        batcher, tasks = await halved(model, requests(16, first=50))  # 320 tokens
         halves = model.passes[1:]
         assert [(share, len(rows)) for share, rows in halves] == [(2, 8), (2, 8)]
         late = await submitted(batcher, requests(2, first=90))
@@ -148,13 +155,7 @@ def test_a_request_over_what_is_left_goes_into_the_pass(model):
     """A ninth request beside two passes of four would be a pass of its own."""
 
     async def main():
-        batcher = Batcher(model)
-        tasks = await submitted(batcher, requests(1))
-        await model.inside()
-        tasks += await submitted(batcher, requests(9, first=50))
-        model.release(model.passes[0][1])
-        await model.inside()
-        await model.inside()
+        batcher, tasks = await halved(model, requests(9, first=50))
         assert sorted(len(rows) for _, rows in model.passes[1:]) == [4, 5]
         model.release_all()
         await asyncio.gather(*tasks)
@@ -166,13 +167,8 @@ def test_a_request_over_what_is_left_goes_into_the_pass(model):
 @pytest.mark.parametrize("first", [0, 1], ids=["the first half ends first", "the second half ends first"])
 def test_a_request_in_two_passes_is_answered_once_and_never_with_nan(model, first):
     async def main():
-        batcher = Batcher(model)
-        (before,) = await submitted(batcher, requests(1))
-        await model.inside()
-        bad, good = await submitted(batcher, [[[50 + i] * 19 + [NAN if i == 0 else 1] for i in range(16)], [[3] * 20]])
-        model.release(model.passes[0][1])
-        await model.inside()
-        await model.inside()
+        rows = [[[50 + i] * 19 + [NAN if i == 0 else 1] for i in range(16)], [[3] * 20]]
+        batcher, (before, bad, good) = await halved(model, rows)
         halves = [rows for _, rows in model.passes[1:]]
         assert all(any(row[0] >= 50 for row in rows) for rows in halves), "the request is in both"
         model.release(halves[first])
@@ -204,13 +200,7 @@ def test_what_failed_is_not_done_when_its_last_pass_is():
 
 def test_draining_waits_for_both_passes(model):
     async def main():
-        batcher = Batcher(model)
-        tasks = await submitted(batcher, requests(1))
-        await model.inside()
-        tasks += await submitted(batcher, requests(16, first=50))
-        model.release(model.passes[0][1])
-        await model.inside()
-        await model.inside()
+        batcher, _ = await halved(model, requests(16, first=50))
         assert not await batcher.drain(0.1), "they are held"
         draining = asyncio.ensure_future(batcher.drain(30))
         for _, rows in model.passes[1:]:

@@ -106,8 +106,12 @@ class Crew:
             return 0
         if self.under_way:
             return len(self._signals)
-        much = self._latency.predict(self._lanes.tokens, self._lanes.squares) >= _SPLIT_S
-        return 0 if thread else len(self._signals) if much else 1
+        if thread:
+            return 0
+        # A request alone would wait for the longer one of its parts, and leave the loop nothing to do meanwhile.
+        several = len(self._lanes) >= len(self._signals)
+        long = self._latency.predict(self._lanes.tokens, self._lanes.squares) >= _SPLIT_S
+        return len(self._signals) if several and long else 1
 
     def _enough(self, share: int) -> int:
         """Tokens with which a pass begins at once: all that it may have, or its part of what is on its way."""

@@ -42,6 +42,11 @@ class LatencyModel:
         """Whether enough passes were seen to plan with."""
         return self.num_observed >= 8
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether one pass more or less makes no difference."""
+        return self.num_observed >= _SETTLED
+
     def predict(self, tokens: float, squares: float) -> float:
         """Seconds of a pass with so many tokens and such a sum of squared lengths."""
         a, b, c = self.coefficients
@@ -74,7 +79,7 @@ class LatencyModel:
         self._squared_length = keep * self._squared_length + squares
         self._tokens = keep * self._tokens + tokens
         self.num_observed += 1
-        if self.num_observed < _SETTLED or self.num_observed % _SELDOM == 0:
+        if not self.is_settled or self.num_observed % _SELDOM == 0:
             self.coefficients = self._solve()
 
     def _solve(self) -> tuple[float, float, float]:

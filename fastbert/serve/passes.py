@@ -17,7 +17,7 @@ from fastbert.serve.lanes import Batch, Request
 from fastbert.serve.latency import LatencyModel
 from fastbert.serve.work import ComputeFailed, DeadlineExceeded, NonFinite, WorkError
 
-_SETTLED, _SELDOM = 64, 4  # after so many passes the latency model learns from each fourth only
+_SELDOM = 4  # a settled latency model learns from each fourth pass only
 
 
 class Computes(Protocol):
@@ -130,7 +130,7 @@ class Passes:
         """Learn what passes take; nobody who waits for an answer should wait for this."""
         for report in reports:
             # The first pass packs weights and loads kernels: it is like no other. Later a few of them teach enough.
-            if self._seen and (self.latency.num_observed < _SETTLED or self._seen % _SELDOM == 0):
+            if self._seen and (not self.latency.is_settled or self._seen % _SELDOM == 0):
                 self.latency.observe(report.tokens, report.squares, report.compute_s / report.share)
             self._seen += 1
             self.memory_tokens *= 1.01  # what did not fit once may fit later
