@@ -77,7 +77,7 @@ async def submitted(batcher, rows):
 
 
 async def halved(model, rows):
-    """A batcher in two passes over requests that came while it was in one over another; their tasks, that one's first."""
+    """A batcher in two passes over requests that came while one before them was computed; the tasks of all."""
     batcher = Batcher(model)
     tasks = await submitted(batcher, requests(1))
     await model.inside()
