@@ -33,7 +33,7 @@ struct Identity {
   static INLINE vf value(vf z) { return z; }
 };
 
-// Whether attention may multiply bf16: not where weights are fp32.
+// Whether attention may multiply bf16, where it can, and erf be approximated as coarsely: not where weights are fp32.
 template <class T>
 constexpr bool kCoarse = true;
 template <>
@@ -223,7 +223,9 @@ struct Worker {
 
   void activate(Activation form, const Linear<T>& w, int64_t p, int64_t count, Rows<T> a, S* to, int64_t ldo) const {
     switch (form) {
-      case Activation::gelu: return activate<Erf>(w, p, count, a, to, ldo);
+      case Activation::gelu:
+        if constexpr (kCoarse<T> && kPairs) return activate<ErfCoarse>(w, p, count, a, to, ldo);
+        return activate<Erf>(w, p, count, a, to, ldo);
       case Activation::gelu_tanh: return activate<Tanh>(w, p, count, a, to, ldo);
       case Activation::relu: return activate<Relu>(w, p, count, a, to, ldo);
       case Activation::silu: return activate<Silu>(w, p, count, a, to, ldo);
