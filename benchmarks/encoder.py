@@ -24,7 +24,17 @@ from rich.table import Table
 
 from benchmarks import harness
 from benchmarks.models import MADE, folder_of
-from benchmarks.providers import BASE, OWN, chosen, dtype_of, make, package_of, padding_percent, reason_against
+from benchmarks.providers import (
+    BASE,
+    OWN,
+    chosen,
+    compiles,
+    dtype_of,
+    make,
+    package_of,
+    padding_percent,
+    reason_against,
+)
 from benchmarks.texts import WORDS, real_texts
 from benchmarks.turns import Cell, Failed, Provider, Suite, Times, measure
 from fastbert import Embedder
@@ -45,7 +55,7 @@ def started(names: Sequence[str], folder: Path, scratch: Path, stack: ExitStack)
                 print(f"{name}: {reason}")
                 continue
             try:
-                found.append(stack.enter_context(Provider(name, make, name, folder, scratch)))
+                found.append(stack.enter_context(Provider(name, make, name, folder, scratch, compiles=compiles(name))))
             except Failed as failed:
                 print(f"{name}: no row: {failed}")
     return found
@@ -98,9 +108,10 @@ class Case:
     cosines: dict[str, float]
 
     def cell(self, providers: Sequence[Provider]) -> Cell:
-        """What takes turns; a list is many texts a sample, and long, so it needs fewer. Ops beside it need more."""
+        """What takes turns: lists, of which a round takes seconds, longer than lone texts, and these than an op."""
         able = [provider for provider in providers if provider.name in self.cosines]
-        return Cell(self.texts, able, warm=self.texts[:1], every=4 if self.mode == "batch1" else 12)
+        share, least_ms = (6, 20.0) if self.mode == "batch1" else (16, 1.0)
+        return Cell(self.texts, able, warm=self.texts[:1], share=share, least_ms=least_ms)
 
 
 @dataclass(frozen=True)

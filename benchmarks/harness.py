@@ -6,6 +6,7 @@ import csv
 import math
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -208,13 +209,18 @@ def copy_bytes_s(nbytes: int, device: str) -> float:
 
 
 def device_name(device: str) -> str:
-    """The GPU's name, or the CPU's with its cores and widest vector instructions."""
+    """The GPU's name, or the CPU's with its family and model, cores and widest vector instructions.
+
+    Virtual machines call two generations of a maker's cores by one name; their numbers tell them apart.
+    """
     if device != "cpu":
         return torch.cuda.get_device_name()
-    model = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
+    model, cpuinfo = platform.processor(), Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        told = dict(re.findall(r"^(model name|cpu family|model)\s*:\s*(.*)$", cpuinfo.read_text(), re.M))
+        model = told.get("model name", model)
+        if {"cpu family", "model"} <= told.keys():
+            model += f" {told['cpu family']}.{told['model']}"
     return f"{model} x{os.cpu_count()} {torch.backends.cpu.get_cpu_capability()}"
 
 

@@ -66,6 +66,11 @@ def dtype_of(name: str) -> str:
     return {"bf16": "bfloat16", "int8": "int8"}.get(name.rpartition("-")[2], "float32")
 
 
+def compiles(name: str) -> bool:
+    """Whether its first call of a shape may compile."""
+    return name in peers.PEERS and peers.PEERS[name].kind is peers.Compiled
+
+
 def chosen(against: str | None) -> list[str]:
     """Names of providers for `--against`, all without it: ours, the base, and each peer that a word names, with its
     variants.

@@ -37,20 +37,26 @@ class Failed(RuntimeError):
 class Provider:
     """One provider in its process: `make(*arguments)` there gives the function that it is called for.
 
+    Args:
+        compiles: whether a new process needs a call of each kind before its time counts.
+
     Raises:
         Failed: it does not load.
     """
 
-    def __init__(self, name: str, make: Callable[..., Call], *arguments: Any) -> None:
+    def __init__(self, name: str, make: Callable[..., Call], *arguments: Any, compiles: bool = True) -> None:
         methods = multiprocessing.get_all_start_methods()
         context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
         if "forkserver" in methods:  # imported once, before any thread runs; and the server itself follows us
             context.set_forkserver_preload(["benchmarks.follow", "benchmarks.providers", "transformers"])
         self.name = name
+        self.compiles = compiles
+        self.started_s = math.nan  # how long the last start took
         self._start = partial(self._started, context, make, arguments)
         self._start()
 
     def _started(self, context: Any, make: Callable[..., Call], arguments: tuple[Any, ...]) -> None:
+        start = time.perf_counter()
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, make, arguments), daemon=True, name=self.name)
         self.process.start()
@@ -60,6 +66,7 @@ class Provider:
         except Failed:
             self.close()
             raise
+        self.started_s = time.perf_counter() - start
         self._send_signal("SIGSTOP")
 
     def call(self, given: Any) -> Any:
@@ -166,7 +173,7 @@ class Cell:
         given: to each call.
         providers: those that may.
         warm: given to the calls before the clock starts.
-        every: in which rounds: each, every second, ...; cells of one kind are spread over their rounds.
+        share: of the run's time, beside the other cells' shares.
         warm_ms: of calls before the clock starts: threads awake, weights in the caches.
         least_ms: of calls that make one sample, their median: neither the clock nor one interruption decides.
     """
@@ -174,56 +181,68 @@ class Cell:
     given: Any
     providers: Sequence[Provider]
     warm: Any
-    every: int = 1
+    share: float = 1.0
     warm_ms: float = 10.0
     least_ms: float = 40.0
 
 
 Times = dict[str, list[float]]  # ms of the rounds, by provider
+LEAST = 2  # rounds of a cell in each part
 
 
 def take_turns(cells: Sequence[Cell], seconds: float, parts: int = 1) -> list[Times]:
-    """Milliseconds a call of each cell's providers, one sample a round.
+    """Milliseconds a call of each cell's providers, one sample a round of the cell.
 
-    Rounds go through all cells: a machine has slow minutes, which take some rounds of each cell instead of all
-    rounds of one. (Ours has states of seconds in which what calls much code takes up to twice as long, and a loop no
-    longer.) Whom one follows is drawn anew in each.
+    Next is the cell that is furthest behind its share of the time, so that each is measured again and again until the
+    end: a machine has slow minutes, which take some rounds of each cell instead of all rounds of one. (Ours has states
+    of seconds in which what calls much code takes up to twice as long, and a loop no longer.) Whom one follows is drawn
+    anew in each round.
 
     Args:
-        seconds: for all together, starts left out; beyond them only for two samples a part.
-        parts: of the same number of rounds; between them every provider gets a new process.
+        seconds: for all together, with the starts between parts; beyond them only for `LEAST` rounds a part.
+        parts: of the same rounds; between them every provider gets a new process.
 
     Raises:
         Failed: a provider does not load again.
     """
+    begun = time.perf_counter()
     providers = {provider.name: provider for cell in cells for provider in cell.providers}
     times: list[Times] = [{p.name: [] for p in cell.providers} for cell in cells]
-    unit = math.gcd(*(cell.every for cell in cells))  # of rounds: none is empty
+    costs: list[list[float]] = [[] for _ in cells]  # seconds of the rounds
     rng = random.Random(0)
 
-    def a_round(number: int) -> None:
-        for i, (cell, found) in enumerate(zip(cells, times, strict=True)):
-            every = cell.every // unit
-            if number % every == i % every:
-                for provider in rng.sample(cell.providers, len(cell.providers)):
-                    found[provider.name].append(provider.time(cell))
+    def a_round(i: int) -> None:
+        start = time.perf_counter()
+        for provider in rng.sample(cells[i].providers, len(cells[i].providers)):
+            times[i][provider.name].append(provider.time(cells[i]))
+        costs[i].append(time.perf_counter() - start)
 
+    def owed(i: int) -> int:
+        return max(0, LEAST - len(costs[i]))
+
+    order: list[int] = []
+    restart = sum(provider.started_s for provider in providers.values()) / 2  # a second start converts nothing
+    first = (seconds - (parts - 1) * restart) / parts
     with harness.progress("measuring") as progress:
-        start, rounds, least = time.perf_counter(), 0, 2 * max(cell.every // unit for cell in cells)
-        while rounds < least or time.perf_counter() - start < seconds / parts:
-            a_round(rounds)
-            rounds += 1
-            done = min(rounds / least, (time.perf_counter() - start) / max(seconds / parts, 1e-9), 1.0)
-            progress(done / parts)
+        while True:
+            behind = [i for i in range(len(cells)) if owed(i)]
+            spent = time.perf_counter() - begun
+            late = spent + sum(owed(i) * max(costs[i], default=0.0) for i in behind) >= first
+            if late and not behind:
+                break
+            order.append(min(behind if late else range(len(cells)), key=lambda i: sum(costs[i]) / cells[i].share))
+            a_round(order[-1])
+            progress(min(1.0, spent / max(first, 1e-9)) / parts)
         for part in range(1, parts):
             for provider in providers.values():
                 provider.restart()
             for cell in cells:
                 for provider in cell.providers:
-                    provider.call(cell.given)  # what compiles does so now
-            for number in range(rounds):
-                a_round(number)
-                progress((part + (number + 1) / rounds) / parts)
+                    if provider.compiles:
+                        provider.call(cell.given)
+            for number, i in enumerate(order):
+                a_round(i)
+                progress((part + (number + 1) / len(order)) / parts)
     return times
 
 
@@ -247,12 +266,18 @@ class Suite:
 Prepare = Callable[[Sequence[str], ExitStack], Suite]  # of options; providers end with the stack
 
 
-def measure(told: Sequence[tuple[Prepare, Sequence[str]]]) -> None:
-    """Suites whose rounds are mixed, so that each sees all of the machine's minutes; then what each makes of them."""
+def measure(told: Sequence[tuple[Prepare, Sequence[str]]], total: float = math.inf) -> None:
+    """Suites whose rounds are mixed, so that each sees all of the machine's minutes; then what each makes of them.
+
+    Args:
+        total: seconds, with all that comes before the first turn; `LEAST` rounds a part are taken in any case.
+    """
+    begun = time.perf_counter()
     with ExitStack() as stack:
         suites = [prepare(options, stack) for prepare, options in told]
         cells = list(chain.from_iterable(suite.cells for suite in suites))
         seconds, parts = sum(suite.seconds for suite in suites), max(suite.parts for suite in suites)
-        found = iter(take_turns(cells, seconds, parts))
+        left = max(0.0, total - (time.perf_counter() - begun))
+        found = iter(take_turns(cells, min(seconds, left), parts))
     for suite in suites:
         suite.finish(list(islice(found, len(suite.cells))))

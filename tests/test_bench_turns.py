@@ -65,11 +65,11 @@ def test_who_has_no_turn_is_stopped():
         assert wait_for(lambda: [state(pid) for pid in pids] == ["T", "T"])
         assert quick.call(["abc", "d"]).tolist() == [[3], [1]]
         assert wait_for(lambda: state(pids[0]) == "T")
-        cells = [turns.Cell(["abc"], [quick, slow], ["a"]), turns.Cell(["d", "e"], [quick], ["d"], every=3)]
-        every, third = turns.take_turns(cells, seconds=0.0)
-        assert [len(ms) for ms in every.values()] == [6, 6]
-        assert [len(ms) for ms in third.values()] == [2]
-        assert min(every["slow"]) >= 20 > min(every["quick"]) >= 1
+        cells = [turns.Cell(["abc"], [quick, slow], ["a"]), turns.Cell(["d", "e"], [quick], ["d"])]
+        both, one = turns.take_turns(cells, seconds=0.0)
+        assert [len(ms) for ms in both.values()] == [2, 2]
+        assert [len(ms) for ms in one.values()] == [2]
+        assert min(both["slow"]) >= 20 > min(both["quick"]) >= 1
         with pytest.raises(turns.Failed, match="KeyError: 'fail'"):
             quick.call(["fail"])
         assert quick.call(["ab"]).tolist() == [[2]], "one failure is not the end"
@@ -84,20 +84,42 @@ def test_who_has_no_turn_is_stopped():
 
 
 @linux
-def test_suites_take_turns_in_each_round_and_keep_their_samples(monkeypatch):
-    order, finished = [], {}
-    monkeypatch.setattr(turns.Provider, "time", lambda self, cell: order.append(cell.given) or float(cell.given))
+def test_suites_take_turns_by_their_shares_of_the_time(monkeypatch):
+    """On a clock that providers alone move: a call takes the seconds that its text says."""
+    now, order, finished = [0.0], [], {}
+
+    def call(self, cell):
+        now[0] += float(cell.given)
+        order.append(cell.given)
+        return float(cell.given)
+
+    monkeypatch.setattr(turns.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(turns.Provider, "time", call)
 
     def prepare(options, stack):
-        (name, *givens) = options
-        provider = stack.enter_context(turns.Provider(name, slow_lengths, 1.0))
-        cells = [turns.Cell(given, [provider], "", every=2 if name == "rare" else 1) for given in givens]
-        return turns.Suite(cells, 0.0, 1, lambda found: finished.update({name: found}))
+        (name, share, *givens) = options
+        provider = stack.enter_context(turns.Provider(name, slow_lengths, 1.0, compiles=False))
+        cells = [turns.Cell(given, [provider], "", share=float(share)) for given in givens]
+        return turns.Suite(cells, 50.0, 2, lambda found: finished.update({name: found}))
 
-    turns.measure([(prepare, ["often", "1", "2"]), (prepare, ["rare", "3", "4"])])
-    assert "".join(order) == "123" + "124" + "123" + "124", "rare cells are spread over the rounds"
-    assert finished["often"] == [{"often": [1.0] * 4}, {"often": [2.0] * 4}]
-    assert finished["rare"] == [{"rare": [3.0] * 2}, {"rare": [4.0] * 2}]
+    def measured(total):
+        now[0], order[:] = 0.0, []
+        turns.measure([(prepare, ["short", "1", "1", "2"]), (prepare, ["long", "4", "8", "30"])], total)
+        halves = order[: len(order) // 2], order[len(order) // 2 :]
+        assert halves[0] == halves[1], "the second part repeats the first"
+        return halves[0]
+
+    assert measured(0.0) == ["1", "2", "8", "30"] * 2, "two rounds of each in any case"
+    part = measured(1000.0)  # the suites ask for 100 in two parts, and two rounds take more
+    assert part == ["1", "2", "8", "30"] * 2
+    monkeypatch.setattr(turns, "LEAST", 1)
+    part = measured(1000.0)
+    assert [part.count(given) for given in ("1", "2", "8", "30")] == [3, 2, 2, 1]
+    assert now[0] >= 100
+    assert 50 <= sum(map(float, part)) < 60
+    assert part[:5] == ["1", "2", "8", "30", "1"], "who is furthest behind comes next"
+    assert len(measured(60.0)) == 4, "less where the whole run may not take so long"
+    assert finished["short"][0]["short"] == [1.0] * 2, "a sample of each round of both parts"
 
 
 HOLDS_A_PROVIDER = """
