@@ -1,8 +1,9 @@
 // Every native kernel: plain pointers and sizes. The table of contents of csrc/.
 //
 // Letters as in Python: T packed tokens, S sequences, D hidden size, H heads, K head size, V classes, M rows.
-// All arrays are contiguous. Arithmetic is fp32 whatever the storage type; parameters of a norm and biases, and
-// the gradients of parameters, are always fp32. A kernel's result does not depend on the number of threads.
+// All arrays are contiguous. Arithmetic is fp32 whatever the storage type, but for attention's products of bf16 where the
+// CPU multiplies pairs of it faster; parameters of a norm and biases, and the gradients of parameters, are always fp32.
+// A kernel's result does not depend on the number of threads.
 #pragma once
 #include <cstdint>
 #include <vector>

@@ -5,25 +5,6 @@
 namespace fastbert::FASTBERT_ISA {
 namespace {
 
-#if defined(__AVX512F__)
-// Of 16 rows of 16 words: interleaving the first half of the rows with the second, log2(W) times, transposes.
-INLINE void transpose(__m512 rows[W]) {
-  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-#pragma GCC unroll 4
-  for (int step = 0; step < 4; ++step) {
-    __m512 mixed[W];
-#pragma GCC unroll 8
-    for (int r = 0; r < W / 2; ++r) {
-      mixed[2 * r] = _mm512_permutex2var_ps(rows[r], low, rows[r + W / 2]);
-      mixed[2 * r + 1] = _mm512_permutex2var_ps(rows[r], high, rows[r + W / 2]);
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < W; ++r) rows[r] = mixed[r];
-  }
-}
-#endif
-
 // to[k * width + i] = from[i * ld + k] for i < count, zeros up to width. May read W - 1 floats past a row's end.
 INLINE void transpose(const float* from, int64_t ld, int64_t count, int64_t K, float* to, int64_t width) {
   for (int64_t i = 0; i < width; i += W) {

@@ -79,7 +79,7 @@ INLINE float soften(float* s, int64_t length, int64_t padded, float scale, const
     top = max(score, top);
   }
   const float factor = (bias ? 1.f : scale) * 1.44269504f;
-  const vf shift = splat(_mm512_reduce_max_ps((__m512)top) * factor);
+  const vf shift = splat(quick_max(top) * factor);
   vf total{};
   const auto weight = [&](int64_t j) LAMBDA {
     if (j >= length) return vf{};

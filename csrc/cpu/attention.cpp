@@ -3,8 +3,8 @@
 // change a result. Arithmetic is fp32; a block's scores never leave L1/L2. A bias by offset is one array a head: query
 // i reads it from an address that i moves, so a score row adds it with plain vector loads, and its gradient likewise.
 // A window is such a bias, -inf outside, and the keys that no query of a block sees are not multiplied.
+#include "cpu/attention.h"
 #include "cpu/table.h"
-#include "cpu/vec.h"
 
 namespace fastbert::FASTBERT_ISA {
 namespace {
@@ -76,62 +76,23 @@ template <class T>
 INLINE void copy_columns(const T* from, int64_t stride, int64_t rows, int64_t K, float* to, int64_t ld) {
   for (int64_t i = 0; i < rows; i += W) {
     const int n = static_cast<int>(rows - i < W ? rows - i : W);
+#if defined(__AVX512F__)
+    for (int64_t d = 0; d < K; d += W) {
+      const int wanted = static_cast<int>(K - d < W ? K - d : W);
+      __m512 lines[W];
+      for (int r = 0; r < W; ++r) lines[r] = (__m512)(r < n ? load(from + (i + r) * stride + d, wanted) : vf{});
+      transpose(lines);
+      for (int r = 0; r < wanted; ++r) store(to + (d + r) * ld + i, (vf)lines[r]);
+    }
+#else
     for (int64_t d = 0; d < K; ++d) {
       vf column{};
       for (int lane = 0; lane < n; ++lane) column[lane] = get(from[(i + lane) * stride + d]);
       store(to + d * ld + i, column);
     }
+#endif
   }
 }
-
-// Where one (sequence, head) lies, and its padded sizes.
-struct Task {
-  int64_t begin, length, head, rows, columns;  // rows: length, and columns: K, rounded up to W
-  Task(int64_t task, const int32_t* cu_seqlens, int64_t H, int64_t K)
-      : begin(cu_seqlens[task / H]),
-        length(cu_seqlens[task / H + 1] - begin),
-        head(task % H),
-        rows(round_up(length, W)),
-        columns(round_up(K, W)) {}
-};
-
-// The keys that queries [q, q + count) see, at most `half` away; `first` and `padded` are multiples of W.
-struct Span {
-  int64_t first, last, padded;
-  Span(int64_t q, int64_t count, int64_t half, int64_t length)
-      : first(half < q ? (q - half) / W * W : 0),
-        last(half < length - q - count ? q + count + half : length),
-        padded(round_up(last, W)) {}
-  int64_t size() const { return last - first; }
-  int64_t padded_size() const { return padded - first; }
-};
-
-// rel_bias (H, num_offsets), or none: its column of an offset j - i, the ends standing for all that is farther.
-int64_t offset_column(int64_t offset, int64_t num_offsets) {
-  const int64_t column = offset + num_offsets / 2;
-  return column < 0 ? 0 : (column < num_offsets ? column : num_offsets - 1);
-}
-
-// rel_bias written out for every offset that a padded score row can have; without one, zeros, so that the loops over
-// scores need not ask. Farther than `half` it is -inf.
-class BiasLines {
- public:
-  BiasLines(const float* rel_bias, int64_t num_offsets, int64_t H, int64_t max_seqlen, int64_t half)
-      : center_(round_up(max_seqlen, W)), stride_(rel_bias ? 2 * center_ : 0), lines_((rel_bias ? H : 1) * 2 * center_) {
-    float* line = lines_.get();
-    for (int64_t head = 0; head < (rel_bias ? H : 1); ++head, line += stride_)
-      for (int64_t offset = -center_; offset < center_; ++offset) {
-        const float bias = rel_bias ? rel_bias[head * num_offsets + offset_column(offset, num_offsets)] : 0.f;
-        line[offset + center_] = offset < -half || offset > half ? -__builtin_inff() : bias;
-      }
-  }
-  // Where element j is the bias of key j for query i.
-  const float* row(int64_t head, int64_t i) const { return lines_.get() + head * stride_ + center_ - i; }
-
- private:
-  int64_t center_, stride_;
-  Scratch lines_;
-};
 
 template <class T>
 void attention_fwd(const T* qkv, const float* rel_bias, const int32_t* cu_seqlens, T* out, float* lse, int64_t S,
@@ -174,7 +135,7 @@ void attention_fwd(const T* qkv, const float* rel_bias, const int32_t* cu_seqlen
             store(row + j, x);
             tops = max(x, tops);
           });
-          const float top = max(tops);
+          const float top = quick_max(tops);
           const RowDropout drop(dropout, place);
           vf total{};
           for (int64_t j = seen.first; j < seen.padded; j += W) {
@@ -182,8 +143,9 @@ void attention_fwd(const T* qkv, const float* rel_bias, const int32_t* cu_seqlen
             total += p;
             store(row + j, drop(p, j));
           }
-          lse[place] = top + __builtin_logf(sum(total));
-          inverse[i] = 1.f / sum(total);
+          const float sum = quick_sum(total);
+          lse[place] = top + __builtin_logf(sum);
+          inverse[i] = 1.f / sum;
         }
         gemm(count, task.columns, seen.size(), {scores + seen.first, task.rows, 1},
              values + seen.first * task.columns, task.columns, result, task.columns, false);
@@ -250,7 +212,7 @@ void attention_bwd(const T* dout, const T* qkv, const float* rel_bias, const T* 
           each_vector(K, [&](int64_t d, int n) LAMBDA {
             products += load(douts + i * task.columns + d) * load(out + place * K + d, n);
           });
-          const float delta = sum(products);
+          const float delta = sum(products);  // in the order of dP, whose difference from it is 0 where there is one key
           const RowDropout drop(dropout, place);
           const float* bias = biases.row(task.head, q + i);
           const float log_total = lse[place];
@@ -292,16 +254,8 @@ void attention_bwd(const T* dout, const T* qkv, const float* rel_bias, const T* 
     }
     if (rel_bias) {
 #pragma omp for schedule(static)
-      for (int64_t head = 0; head < H; ++head) {
-        float* total = drel_bias + head * num_offsets;
-        memset(total, 0, num_offsets * sizeof(float));
-        for (int64_t s = 0; s < S; ++s) {
-          const int64_t begin = cu_seqlens[s], length = cu_seqlens[s + 1] - begin;
-          const float* of_task = sums.get() + (begin * H + head * length) * 2;
-          for (int64_t offset = 1 - length; offset < length; ++offset)
-            total[offset_column(offset, num_offsets)] += of_task[offset + length - 1];
-        }
-      }
+      for (int64_t head = 0; head < H; ++head)
+        add_diagonals(sums.get(), cu_seqlens, S, H, head, num_offsets, drel_bias);
     }
   }
 }

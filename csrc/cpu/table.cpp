@@ -10,6 +10,7 @@ Kernels<T> table() {
   add_layer_norm_kernels(all);
   add_embed(all);
   add_attention(all);
+  add_attention_pairs(all);
   add_pool(all);
   add_l2_normalize(all);
   add_cross_entropy(all);

@@ -13,6 +13,8 @@ void add_embed(Kernels<T>& table);
 template <class T>
 void add_attention(Kernels<T>& table);
 template <class T>
+void add_attention_pairs(Kernels<T>& table);  // in place of some of these
+template <class T>
 void add_pool(Kernels<T>& table);
 template <class T>
 void add_l2_normalize(Kernels<T>& table);

@@ -158,6 +158,33 @@ INLINE float max(vf x) {
   for (int i = 1; i < W; ++i) top = x[i] > top ? x[i] : top;
   return top;
 }
+// The same where no lane is NaN.
+INLINE float quick_max(vf x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)x);
+#else
+  return max(x);
+#endif
+}
+
+#if defined(__AVX512F__)
+// Of 16 rows of 16 words: interleaving the first half of the rows with the second, log2(W) times, transposes.
+INLINE void transpose(__m512 rows[W]) {
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+#pragma GCC unroll 4
+  for (int step = 0; step < 4; ++step) {
+    __m512 mixed[W];
+#pragma GCC unroll 8
+    for (int r = 0; r < W / 2; ++r) {
+      mixed[2 * r] = _mm512_permutex2var_ps(rows[r], low, rows[r + W / 2]);
+      mixed[2 * r + 1] = _mm512_permutex2var_ps(rows[r], high, rows[r + W / 2]);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < W; ++r) rows[r] = mixed[r];
+  }
+}
+#endif
 
 // e^x, about 1 ulp, for x held to [-87.3, 88.3]: it never underflows to 0 nor overflows. NaN of NaN.
 INLINE vf exp(vf x) {
