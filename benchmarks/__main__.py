@@ -27,7 +27,7 @@ SUITES = {
     "server": "HTTP under load beside the other servers that are installed",
 }
 DEFAULT = TOGETHER = ("ops", "encoder")  # they take turns round by round: each sees all of the machine's minutes
-TOGETHER_S = 520  # at most, on a slow machine too; what overruns, and the report, stay within ten minutes
+TOGETHER_S = 480  # at most, on a slow machine too; what overruns, and the report, stay within ten minutes
 # A whole report in minutes: what a suite is told beside the user's own options.
 TOLD = {
     "ops": ["--dtype", "float32,bfloat16", "--seconds", "90"],

@@ -29,6 +29,16 @@ from fastbert import native
 COMMITTED = Path(__file__).parent / "results"
 PARTS = 2  # of a run; between them providers' processes start anew
 AGREE = 1.1  # what two runs of the same code should agree within
+GENERATIONS = (
+    ("Zen 2", 23, range(48, 160)),
+    ("Zen 4", 25, (*range(16, 32), *range(96, 128), *range(160, 176))),
+    ("Zen 3", 25, range(256)),
+    ("Zen 5", 26, range(256)),
+    ("Ice Lake", 6, (106, 108)),
+    ("Sapphire Rapids", 6, (143,)),
+    ("Emerald Rapids", 6, (207,)),
+    ("Granite Rapids", 6, (173, 174)),
+)
 # `python -m benchmarks --out` sends the rows of its suites elsewhere.
 RESULTS = Path(os.environ.get("FASTBERT_BENCH_OUT", COMMITTED))
 
@@ -209,9 +219,9 @@ def copy_bytes_s(nbytes: int, device: str) -> float:
 
 
 def device_name(device: str) -> str:
-    """The GPU's name, or the CPU's with its family and model, cores and widest vector instructions.
+    """The GPU's name, or the CPU's with its generation, cores and widest vector instructions.
 
-    Virtual machines call two generations of a maker's cores by one name; their numbers tell them apart.
+    Virtual machines call several generations of a maker's cores by one name; family and model tell them apart.
     """
     if device != "cpu":
         return torch.cuda.get_device_name()
@@ -220,8 +230,14 @@ def device_name(device: str) -> str:
         told = dict(re.findall(r"^(model name|cpu family|model)\s*:\s*(.*)$", cpuinfo.read_text(), re.M))
         model = told.get("model name", model)
         if {"cpu family", "model"} <= told.keys():
-            model += f" {told['cpu family']}.{told['model']}"
+            model += f" {generation(int(told['cpu family']), int(told['model']))}"
     return f"{model} x{os.cpu_count()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def generation(family: int, model: int) -> str:
+    """The cores' name by CPUID, of those that servers have; the two numbers of any others."""
+    found = [name for name, of, models in GENERATIONS if of == family and model in models]
+    return found[0] if found else f"{family}.{model}"
 
 
 def percentiles(times: list[float]) -> tuple[float, float, float]:

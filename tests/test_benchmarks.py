@@ -162,3 +162,9 @@ def test_command(tmp_path):
     run = subprocess.run(wrong, capture_output=True, text=True)
     assert run.returncode == 2
     assert "no suite 'opps'" in run.stderr
+
+
+def test_generations_of_one_name_are_told_apart():
+    named = {(25, 1): "Zen 3", (25, 17): "Zen 4", (25, 97): "Zen 4", (26, 2): "Zen 5", (6, 207): "Emerald Rapids"}
+    assert {numbers: harness.generation(*numbers) for numbers in named} == named
+    assert harness.generation(6, 85) == "6.85", "numbers, of which nobody knows a name here"
