@@ -2,7 +2,8 @@
 // that stay in cache, then blocks of queries go by. No task sees another sequence, so neither batch nor threads
 // change a result. Arithmetic is fp32; a block's scores never leave L1/L2. A bias by offset is one array a head: query
 // i reads it from an address that i moves, so a score row adds it with plain vector loads, and its gradient likewise.
-// A window is such a bias, -inf outside, and the keys that no query of a block sees are not multiplied.
+// A window is such a bias, -inf outside, and the keys that no query of a block sees are not multiplied. Where pairs of bf16
+// are multiplied faster, attention_pairs.cpp takes its place for bf16.
 #include "cpu/attention.h"
 #include "cpu/table.h"
 
